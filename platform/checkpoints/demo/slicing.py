@@ -1,0 +1,141 @@
+"""Cutting one dense gated feed-forward block into a shared expert and routed experts: pure maths on tensors.
+
+    T tokens   H hidden width   F neurons of the dense block   E routed experts   k experts a token   S shared neurons
+
+A gated block is `down @ (silu(gate @ x) * (up @ x))`. Its output is a sum over neurons, `sum_f a_f(x) * down[:, f]`, so any
+split of the neurons into groups is exact as long as every group runs. What is lost is what the groups that a token
+does not run would have added, and three steps keep that small:
+
+1. The neurons with the most output energy go to the shared expert, which always runs (`strongest_neurons`).
+2. The others are grouped by which tokens they fire on (`balanced_clusters`), so that a group can be left out as a whole.
+3. Router and down projection are fitted by ridge regression (`fit_router`, `refit_down`): the router to how much each
+   group would add, the down projection to what the left-out groups would have added.
+
+Example, F = 4, S = 2, E = 2, k = 1: neurons with energies [9, 1, 4, 1] give the shared expert [0, 2] and the routed
+experts [1] and [3]; a token for which expert 1 would add more runs neurons 0, 2 and 3.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F  # noqa: N812  (torch's own idiom)
+from torch import Tensor
+
+
+def strongest_neurons(activations: Tensor, down: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The `count` neurons with the largest mean squared output, and the others.
+
+    activations [T, F], down [H, F] -> ([count], [F - count]), int64, strongest first.
+    """
+    energy = activations.pow(2).mean(0) * down.pow(2).sum(0)
+    order = torch.sort(energy, descending=True, stable=True).indices
+    return order[:count], order[count:]
+
+
+def firing_profiles(activations: Tensor, dimensions: int, generator: torch.Generator) -> Tensor:
+    """Unit vectors whose dot products approximate how alike two neurons' magnitudes are over the tokens.
+
+    activations [T, N] -> [N, dimensions]. A random projection (Johnson-Lindenstrauss) of each neuron's magnitudes,
+    which are scaled to unit norm and centred first: two neurons that are merely always on are not alike.
+    """
+    magnitudes = activations.abs()
+    magnitudes = F.normalize(magnitudes, dim=0)
+    magnitudes = magnitudes - magnitudes.mean(0)
+    projection = torch.randn(len(activations), dimensions, generator=generator)
+    return F.normalize(magnitudes.T @ projection, dim=1)
+
+
+def balanced_clusters(profiles: Tensor, clusters: int, iterations: int, generator: torch.Generator) -> Tensor:
+    """k-means on unit vectors with equal cluster sizes.
+
+    profiles [N, D] with N a multiple of `clusters` -> [clusters, N / clusters], int64: each row a cluster's members.
+    A round lets vectors choose their most similar centre that has room, those with the clearest preference first.
+    """
+    count = len(profiles)
+    if count % clusters:
+        raise ValueError(f"{count} neurons can't be cut into {clusters} experts of equal size")
+    room = count // clusters
+    centres = profiles[torch.randperm(count, generator=generator)[:clusters]]
+    for _ in range(iterations):
+        members = _assign(profiles @ centres.T, room)
+        centres = F.normalize(profiles[members].mean(1), dim=1)
+    return members
+
+
+def _assign(similarity: Tensor, room: int) -> Tensor:
+    """[N, C] -> [C, room]: greedy assignment by clarity of preference, at most `room` rows a column."""
+    clarity = similarity.max(1).values - similarity.mean(1)
+    order = torch.sort(clarity, descending=True, stable=True).indices.tolist()
+    preferences = torch.sort(similarity, dim=1, descending=True, stable=True).indices.tolist()
+    members: list[list[int]] = [[] for _ in range(similarity.shape[1])]
+    for row in order:
+        column = next(c for c in preferences[row] if len(members[c]) < room)
+        members[column].append(row)
+    return torch.tensor(members)
+
+
+def group_outputs(activations: Tensor, down: Tensor, groups: Tensor) -> Tensor:
+    """How much each group adds to each token: the norm of its output, less what it adds on average.
+
+    activations [T, F], down [H, F], groups [E, W] -> [T, E]. The average is taken off because the refit down
+    projection of the neurons that always run can stand in for it.
+    """
+    norms = []
+    for members in groups:
+        output = activations[:, members] @ down[:, members].T
+        norms.append((output - output.mean(0)).norm(dim=1))
+    return torch.stack(norms, dim=1)
+
+
+def fit_router(hidden: Tensor, wanted: Tensor, ridge: float, spread: float) -> Tensor:
+    """A linear router whose logits rank the experts by `wanted`.
+
+    hidden [T, H], wanted [T, E] -> [E, H]. Ridge regression, `ridge` relative to the mean energy of a hidden dimension.
+    The weights are then centred over the experts, which softmax and top-k don't see but which keeps low-precision
+    logits apart, and scaled so that the logits have the standard deviation `spread` over the calibration tokens.
+    """
+    router = ridge_solve(hidden, wanted, ridge).T
+    router = router - router.mean(0)
+    return router * (spread / (hidden @ router.T).std())
+
+
+def route(hidden: Tensor, router: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+    """The `top_k` experts of each token and their weights, which sum to 1 (softmax, renormalised over the chosen).
+
+    hidden [T, H], router [E, H] -> ids [T, k] int64, weights [T, k].
+    """
+    logits, ids = (hidden @ router.T).topk(top_k, dim=-1)
+    return ids, logits.softmax(-1)
+
+
+def neuron_gains(ids: Tensor, weights: Tensor, shared: Tensor, groups: Tensor) -> Tensor:
+    """What each neuron's output is multiplied with: 1 if shared, k * weight if its expert is chosen, else 0.
+
+    ids [T, k], weights [T, k], shared [S], groups [E, W] -> [T, S + E * W]. The factor k makes the mean gain of the
+    chosen experts 1; in the checkpoint it is part of the experts' down projections.
+    """
+    experts, width = groups.shape
+    chosen = torch.zeros(len(ids), experts).scatter(1, ids, weights * ids.shape[1])
+    gains = torch.ones(len(ids), len(shared) + experts * width)
+    gains[:, groups.flatten()] = chosen.repeat_interleave(width, dim=1)
+    return gains
+
+
+def refit_down(activations: Tensor, wanted: Tensor, down: Tensor, ridge: float) -> Tensor:
+    """The down projection whose output is closest to `wanted`, held near the given one.
+
+    activations [T, F] with gains applied, wanted [T, H], down [H, F] -> [H, F]. Minimises
+    `|wanted - activations @ new.T|^2 + ridge * mean energy * |new - down|^2`.
+    """
+    return down + ridge_solve(activations, wanted - activations @ down.T, ridge).T
+
+
+def ridge_solve(inputs: Tensor, targets: Tensor, ridge: float) -> Tensor:
+    """`argmin_B |targets - inputs @ B|^2 + ridge * m * |B|^2`, m the mean over dimensions of the inputs' energy.
+
+    inputs [T, N], targets [T, M] -> [N, M].
+    """
+    gram = inputs.T @ inputs
+    penalty = ridge * gram.diagonal().mean()
+    gram.diagonal().add_(penalty)
+    return torch.cholesky_solve(inputs.T @ targets, torch.linalg.cholesky(gram))

@@ -1,0 +1,18 @@
+"""Sending tokens to experts and adding up what comes back."""
+
+from expertmesh.routing.dispatch.dispatcher import Dispatcher, DispatchSettings
+from expertmesh.routing.dispatch.mailbox import LoadCounters, Mailbox, StaticTable, TableFile, TableSource
+from expertmesh.routing.dispatch.policy import POLICIES, Policy, create_policy
+
+__all__ = [
+    "POLICIES",
+    "DispatchSettings",
+    "Dispatcher",
+    "LoadCounters",
+    "Mailbox",
+    "Policy",
+    "StaticTable",
+    "TableFile",
+    "TableSource",
+    "create_policy",
+]

@@ -1,0 +1,97 @@
+"""Stream sockets: unix on one node, TCP between nodes.
+
+Unix sockets are bound in Linux's abstract namespace (`unix:@name`), so a killed process leaves no file behind.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+from dataclasses import dataclass
+from typing import Self
+
+from expertmesh.errors import WireError
+from expertmesh.routing.transport.auth import Peer, answer
+
+_BUFFER_BYTES = 4 << 20
+_BACKLOG = 128
+
+
+@dataclass(frozen=True, slots=True)
+class Address:
+    """Where a shard listens: `unix:@name` or `tcp:host:port`."""
+
+    family: str
+    name: str
+    port: int = 0
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """Reads what `str()` writes. Raises WireError for anything else."""
+        family, _, rest = text.partition(":")
+        if family == "unix" and rest.startswith("@"):
+            return cls("unix", rest[1:])
+        host, _, port = rest.rpartition(":")
+        if family == "tcp" and host and port.isdecimal():
+            return cls("tcp", host, int(port))
+        raise WireError(f"address {text!r}; allowed: unix:@NAME or tcp:HOST:PORT")
+
+    def __str__(self) -> str:
+        return f"unix:@{self.name}" if self.family == "unix" else f"tcp:{self.name}:{self.port}"
+
+
+def _tune(sock: socket.socket) -> None:
+    with contextlib.suppress(OSError):
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _BUFFER_BYTES)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _BUFFER_BYTES)
+    if sock.family in (socket.AF_INET, socket.AF_INET6):
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+
+
+def listen(address: Address) -> tuple[socket.socket, Address]:
+    """A listening socket and the address that it really has (port 0: a free one). Raises OSError if it is taken."""
+    if address.family == "unix":
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            sock.bind("\0" + address.name)
+            sock.listen(_BACKLOG)
+        except OSError:
+            sock.close()
+            raise
+        return sock, address
+    sock = socket.create_server((address.name, address.port), backlog=_BACKLOG)
+    return sock, Address("tcp", address.name, sock.getsockname()[1])
+
+
+def accepted(listener: socket.socket) -> socket.socket:
+    """The next connection of a listener, tuned for frames."""
+    sock, _ = listener.accept()
+    _tune(sock)
+    return sock
+
+
+def connect(address: Address, secret: bytes, timeout_s: float) -> tuple[socket.socket, Peer]:
+    """A connected, mutually authenticated, non-blocking socket and who is at its other end.
+
+    Raises WireError if nothing listens there, it does not answer in `timeout_s`, or it can't prove the secret.
+    """
+    try:
+        if address.family == "unix":
+            sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+            sock.settimeout(timeout_s)
+            sock.connect("\0" + address.name)
+        else:
+            sock = socket.create_connection((address.name, address.port), timeout=timeout_s)
+    except OSError as error:
+        raise WireError(f"no shard answers at {address}: {error}") from error
+    try:
+        _tune(sock)
+        peer = answer(sock, secret)
+        sock.setblocking(False)
+    except OSError as error:
+        sock.close()
+        raise WireError(f"shard at {address} broke off the handshake: {error}") from error
+    except WireError:
+        sock.close()
+        raise
+    return sock, peer

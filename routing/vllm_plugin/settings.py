@@ -1,0 +1,55 @@
+"""What an engine is told about the mesh: JSON in vLLM's `additional_config`, which reaches every worker process."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from enum import StrEnum
+from typing import Any, Self
+
+from expertmesh.errors import ConfigError
+
+CONFIG_KEY = "expertmesh"
+LOAD_FORMAT = "expertmesh"
+
+
+class Role(StrEnum):
+    """Which part of the model a process holds."""
+
+    ATTENTION = "attention"
+    """Everything but the routed experts."""
+    SHARD = "shard"
+    """Routed experts only, on the real device while the rest of the model is on the meta device."""
+
+
+@dataclass(frozen=True, slots=True)
+class MeshSettings:
+    """Settings of one engine process. Everything in it is JSON; the secret is named, never contained."""
+
+    role: Role
+    mailbox: str = ""
+    """Folder shared with the attention replica (routing.dispatch.Mailbox)."""
+    secret_file: str = ""
+    """File with the cluster secret; must be readable by the engine's processes."""
+    layers: tuple[int, ...] = ()
+    """The model's layers with routed experts."""
+    num_experts: int = 0
+    """Routed experts a layer."""
+    dispatch: dict[str, Any] = field(default_factory=dict)
+    """Arguments of DispatchSettings, limits as a dict of their own."""
+
+    def to_additional_config(self) -> dict[str, Any]:
+        """For `AsyncEngineArgs(additional_config=...)`."""
+        return {CONFIG_KEY: asdict(self)}
+
+    @classmethod
+    def of(cls, additional_config: Any) -> Self | None:
+        """The settings in an engine's additional_config; None if the engine is not part of a mesh."""
+        if not isinstance(additional_config, dict) or CONFIG_KEY not in additional_config:
+            return None
+        values = dict(additional_config[CONFIG_KEY])
+        try:
+            values["role"] = Role(values["role"])
+            values["layers"] = tuple(values.get("layers", ()))
+            return cls(**values)
+        except (KeyError, TypeError, ValueError) as error:
+            raise ConfigError(f"additional_config.{CONFIG_KEY}: {error}") from error
