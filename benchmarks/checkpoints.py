@@ -208,8 +208,9 @@ def _write(folder: Path, settings: Mapping[str, Any], seed: int) -> Path:
     tokenizer = _tokenizer()
     ids = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id, "bos_token_id": None}
     config = AutoConfig.for_model(**{**settings, **ids, "dtype": "float32"})
+    auto_model: Any = AutoModelForCausalLM  # without annotations in transformers
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        model = auto_model.from_config(config, dtype=torch.float32)
     # Shapes only until here: transformers' own initialisation would be thrown away, and takes as long as ours.
     model = model.to_empty(device="cpu")
     model.tie_weights()
@@ -257,6 +258,7 @@ def _tokenizer() -> PreTrainedTokenizerFast:
         show_progress=False,
     )
     tokenizer.train_from_iterator([_SAMPLE_TEXT], trainer)
-    return PreTrainedTokenizerFast(
+    fast_tokenizer: Any = PreTrainedTokenizerFast
+    return fast_tokenizer(  # type: ignore[no-any-return]
         tokenizer_object=tokenizer, eos_token=EOS, pad_token=PAD, chat_template=_CHAT_TEMPLATE, model_max_length=2048
     )

@@ -99,7 +99,7 @@ def write_single(folder: Path, tensors: Tensors, config: dict[str, Any] | None =
 def write_sharded(folder: Path, tensors: Tensors, files: int = 3, index: bool = True) -> Path:
     write_single(folder, {})
     (folder / "model.safetensors").unlink()
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number in range(files):
         file = f"model-{number + 1:05}-of-{files:05}.safetensors"
         part = {name: tensors[name] for name in sorted(tensors)[number::files]}

@@ -111,7 +111,7 @@ class ExpertBank:
         arguments = EngineArgs(
             model=str(self._checkpoint.folder),
             skip_tokenizer_init=True,
-            dtype=dtype,  # type: ignore[arg-type]
+            dtype=dtype,  # type: ignore[arg-type]  # one of ours, checked by the config
             enforce_eager=True,
             max_model_len=128,
             hf_overrides=_for_slots(slots),
@@ -163,7 +163,7 @@ class ExpertBank:
         return table
 
 
-Forward = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], Any]
+Forward = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 """(x [N, H], weights [N, m], slots [N, m]) -> [N, H], the weighted sum over m."""
 
 

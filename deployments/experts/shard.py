@@ -1,10 +1,10 @@
-"""A shard without Ray: leased experts behind data-plane sockets. The Serve deployment wraps it; benchmarks use it bare."""
+"""A shard without Ray: leased experts behind data-plane sockets. The Serve deployment wraps it."""
 
 from __future__ import annotations
 
 import uuid
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from expertmesh.deployments.experts.bank import ExpertBank
@@ -29,7 +29,7 @@ class ShardSettings:
     """`unix`, `tcp`, or `auto` for both."""
     bind_host: str = "127.0.0.1"
     """Address that TCP listens on."""
-    limits: Limits = Limits()
+    limits: Limits = field(default_factory=Limits)
     max_batch_rows: int = 8192
 
 

@@ -94,7 +94,9 @@ def explain(error: ValidationError, schema: schemas.Node) -> list[str]:
 
 
 def _line(detail: ErrorDetails, schema: schemas.Node) -> str:
-    path = detail["loc"][:-1] if detail["loc"] and detail["loc"][-1] == "[key]" else detail["loc"]
+    path = detail["loc"]
+    if path[-1:] == ("[key]",) and detail["type"] != "extra_forbidden":  # pydantic's mark for a bad key, not a key
+        path = path[:-1]
     if path[:2] == ("attention", "engine_args"):
         path = path[:3]  # below, pydantic adds the names of the JSON types that it tried
     where = dotted(path) or "configuration"

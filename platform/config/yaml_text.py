@@ -13,6 +13,7 @@ _FLOAT_TAG = "tag:yaml.org,2002:float"
 # YAML 1.1 takes 1e3 and 1.5e3 for text; everybody else takes them for numbers.
 _EXPONENT = re.compile(r"[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+\Z")
 _FIRST = list("-+0123456789")
+_UNICODE_BREAK = re.compile("[\x85\u2028\u2029]")
 _QUOTED = re.compile(r"'[^']*'|\"[^\"]*\"")
 
 
@@ -46,8 +47,13 @@ class _Loader(yaml.SafeLoader):
 
 
 class _Dumper(yaml.SafeDumper):
-    pass
+    def represent_str(self, data: str) -> yaml.ScalarNode:
+        # PyYAML folds these line breaks of Unicode away, except in double quotes, where it escapes them.
+        style = '"' if _UNICODE_BREAK.search(data) else None
+        return self.represent_scalar("tag:yaml.org,2002:str", data, style=style)
 
+
+_Dumper.add_representer(str, _Dumper.represent_str)
 
 _Loader.add_implicit_resolver(_FLOAT_TAG, _EXPONENT, _FIRST)
 _Dumper.add_implicit_resolver(_FLOAT_TAG, _EXPONENT, _FIRST)  # so that such text is quoted

@@ -34,7 +34,7 @@ class RemoteMethod(FusedMoEMethodBase):
     mk_can_overlap_shared_experts = False
     topk_indices_dtype = torch.int32
 
-    def create_weights(self, layer: RoutedExperts, *args: Any, **kwargs: Any) -> None:
+    def create_weights(self, layer: torch.nn.Module, *args: Any, **kwargs: Any) -> None:
         """None: the weights are on the shards."""
 
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
@@ -136,7 +136,7 @@ def register_layers() -> None:
     if "RoutedExperts" in op_registry_oot:
         return
 
-    def on_subclass(cls: type[RoutedExperts], **kwargs: Any) -> None:
+    def on_subclass(cls: type[RoutedExperts], /, **kwargs: Any) -> None:
         super(RoutedExperts, cls).__init_subclass__(**kwargs)
         _extend(cls)
 

@@ -58,7 +58,7 @@ class AttentionLoader(DefaultModelLoader):
         Raises CheckpointError if a module of routed experts stayed local: it would run on memory that nobody filled.
         """
         begin = time.perf_counter()
-        model = super().load_model(vllm_config=vllm_config, model_config=model_config, prefix=prefix)
+        model: nn.Module = super().load_model(vllm_config=vllm_config, model_config=model_config, prefix=prefix)
         settings = MeshSettings.of(vllm_config.additional_config)
         check_remote(model, settings)
         if settings is not None:
@@ -84,7 +84,7 @@ def check_remote(model: nn.Module, settings: MeshSettings | None) -> None:
     expected = set(settings.layers) if settings is not None else set()
     if remote != expected or not remote:
         raise CheckpointError(
-            f"the engine has remote experts in layers {sorted(remote)}, the checkpoint routed experts in {sorted(expected)}"
+            f"the engine has remote experts in layers {sorted(remote)}, the checkpoint in {sorted(expected)}"
         )
 
 

@@ -1,0 +1,146 @@
+"""The attention deployment: one engine a replica, told by the controller where the experts are."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+from collections.abc import AsyncIterator
+from typing import Any
+
+from ray import serve
+from ray.serve.handle import DeploymentHandle
+from vllm.v1.engine import EngineCoreOutput, EngineCoreRequest
+
+from expertmesh.deployments.attention.engine import Engine, engine_arguments
+from expertmesh.deployments.messages import AttentionReport
+from expertmesh.deployments.runtime import node_id, prepare_replica, secret_path
+from expertmesh.platform.checkpoints import checkpoint_revision, expert_layout, open_checkpoint
+from expertmesh.platform.checkpoints.source import model_folder
+from expertmesh.platform.config import MeshConfig
+from expertmesh.routing.dispatch import LoadCounters, Mailbox
+from expertmesh.routing.placement import RoutingTable
+from expertmesh.routing.vllm_plugin import MeshSettings, Role
+from expertmesh.routing.vllm_plugin.loader import REPORT_NAME
+
+log = logging.getLogger("expertmesh.attention")
+
+_WATCH_S = 10.0
+_RETRY_S = 1.0
+
+
+class AttentionReplica:
+    """Runs the engine, keeps its routing table fresh, reports its loads."""
+
+    async def __init__(self, config: MeshConfig, controller: DeploymentHandle[Any]) -> None:  # type: ignore[misc]  # Serve awaits it
+        """Returns when the engine serves. The engine's start runs the model once, so it waits for the experts."""
+        prepare_replica(config)
+        self._config = config
+        self._controller = controller
+        self._node = node_id()
+        self._id = serve.get_replica_context().replica_id.unique_id
+        self._engine: Engine | None = None
+        self._epoch = 0
+        self._mailbox: Mailbox | None = None
+        self._loads: LoadCounters | None = None
+        self._tasks: list[asyncio.Task[None]] = []
+        folder = await asyncio.to_thread(model_folder, config.model)
+        mesh = None
+        loop = asyncio.get_running_loop()
+        if config.experts.mode == "mesh":
+            mailbox = self._mailbox = Mailbox.create()
+            checkpoint = open_checkpoint(folder)
+            layout = expert_layout(checkpoint)
+            self._loads = LoadCounters(mailbox.loads_path, len(layout.layers), layout.num_experts)
+            secret = str(secret_path(config, mailbox.folder))
+            dispatch = self._dispatch_settings(checkpoint_revision(checkpoint))
+            mesh = MeshSettings(
+                Role.ATTENTION, str(mailbox.folder), secret, layout.layers, layout.num_experts, dispatch
+            )
+            self._tasks.append(loop.create_task(self._follow_placement(mailbox)))
+        self._tasks.append(loop.create_task(self._report_forever()))
+        try:
+            self._engine = await asyncio.to_thread(Engine, engine_arguments(config, folder, mesh))
+        except BaseException:
+            self._close()
+            raise
+        await self._report()
+
+    def _dispatch_settings(self, revision: str) -> dict[str, Any]:
+        routing = self._config.routing
+        return {
+            "node": self._node,
+            "revision": revision,
+            "policy": routing.policy,
+            "transport": routing.transport,
+            "limits": {"max_rows": routing.max_frame_rows, "max_bytes": routing.max_frame_mib << 20},
+            "frame_deadline_s": routing.frame_deadline_ms / 1000,
+            "connect_timeout_s": routing.connect_timeout_s,
+            "unavailable_timeout_s": routing.unavailable_timeout_s,
+        }
+
+    async def generate(self, request: EngineCoreRequest) -> AsyncIterator[list[EngineCoreOutput]]:
+        """Streams the engine's outputs for one request; a caller that goes away aborts it."""
+        assert self._engine is not None, "Serve sends requests only when __init__ is done"
+        async for outputs in self._engine.generate(request):
+            yield outputs
+
+    def check_health(self) -> None:
+        """Raises if the engine is dead, so that Serve replaces the replica."""
+        for task in self._tasks:
+            if task.done():
+                task.result()
+        if self._engine is not None:
+            self._engine.check()
+
+    async def _follow_placement(self, mailbox: Mailbox) -> None:
+        while True:
+            try:
+                text: str | None = await self._controller.watch.remote(self._epoch, _WATCH_S)
+            except Exception as error:  # the controller is away: the last placement stays in force
+                log.warning("replica %s can't reach the controller: %r", self._id, error)
+                await asyncio.sleep(_RETRY_S)
+                continue
+            if text is not None:
+                table = RoutingTable.from_json(text)
+                mailbox.publish(table)
+                self._epoch = table.epoch
+
+    async def _report_forever(self) -> None:
+        while True:
+            await self._report()
+            await asyncio.sleep(self._config.telemetry.loads_interval_s)
+
+    async def _report(self) -> None:
+        stats: dict[str, Any] = {}
+        if self._loads is not None and self._mailbox is not None:
+            stats = {"dispatch": self._loads.as_dict()}
+            loaded = self._mailbox.folder / REPORT_NAME
+            if loaded.exists():
+                stats["loaded"] = json.loads(loaded.read_text())
+        report = AttentionReport(
+            replica=self._id,
+            node=self._node,
+            ready=self._engine is not None,
+            epoch=self._epoch,
+            running=self._engine.running if self._engine is not None else 0,
+            loads=self._loads.tokens.copy() if self._loads is not None else None,
+            stats=stats,
+        )
+        try:
+            await asyncio.wait_for(self._controller.report.remote(report), self._config.experts.heartbeat_timeout_s)
+        except Exception as error:  # reports are for people; serving goes on without them
+            log.warning("replica %s can't reach the controller: %r", self._id, error)
+
+    def _close(self) -> None:
+        for task in self._tasks:
+            task.cancel()
+        if self._engine is not None:
+            self._engine.shutdown()
+            self._engine = None
+        if self._mailbox is not None:
+            self._mailbox.close()
+
+    def __del__(self) -> None:
+        if hasattr(self, "_tasks"):
+            self._close()

@@ -1,0 +1,129 @@
+"""From a config to a Ray Serve application: the one place that turns sections into deployment options."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from ray import serve
+from ray.serve import Application
+
+from expertmesh.errors import CheckpointError, ConfigError
+from expertmesh.platform.checkpoints import check_checkpoint, expert_layout
+from expertmesh.platform.checkpoints.source import model_folder
+from expertmesh.platform.config import MeshConfig, load_config
+
+APP_NAME = "expertmesh"
+
+_HEALTH_CHECK_S = 1.0
+_PLENTY = 100_000
+"""Long polls and heartbeats are cheap; the controller's replica must never turn one away."""
+
+
+def build_app(arguments: Mapping[str, Any] | MeshConfig | None = None) -> Application:
+    """The application of a config; for Python, and for `serve run expertmesh.deployments:build_app config=mesh.yaml`.
+
+    arguments: a MeshConfig, or Serve's builder arguments: `config` (a YAML file or a model, as for `load_config`) or
+    `mesh` (the config itself as a mapping). Raises ConfigError, or CheckpointError naming file and tensor, before
+    anything starts.
+    """
+    config = arguments if isinstance(arguments, MeshConfig) else _config_of(arguments or {})
+    check_model(config)
+    # Imported here: classes of replicas need torch and vLLM, the CLI's other commands don't.
+    from expertmesh.deployments.attention.deployment import AttentionReplica
+    from expertmesh.deployments.controller.controller import Controller
+    from expertmesh.deployments.ingress.deployment import Ingress
+
+    controller = serve.deployment(
+        name="controller", num_replicas=1, max_ongoing_requests=_PLENTY, ray_actor_options={"num_cpus": 0.1}
+    )(Controller).bind(config)
+    attention = serve.deployment(name="attention", **_attention_options(config))(AttentionReplica).bind(
+        config, controller
+    )
+    arguments_of_ingress: list[Any] = [config, attention, controller]
+    if config.experts.mode == "mesh":
+        arguments_of_ingress.append(_experts(config, controller))
+    return serve.deployment(
+        name="ingress",
+        num_replicas=config.ingress.replicas,
+        max_ongoing_requests=config.ingress.max_ongoing_requests,
+        health_check_period_s=_HEALTH_CHECK_S,
+        ray_actor_options={"num_cpus": 0.1, "runtime_env": {"env_vars": _environment(config, 1)}},
+    )(Ingress).bind(*arguments_of_ingress)
+
+
+def check_model(config: MeshConfig) -> None:
+    """Refuses a broken checkpoint, or one without routed experts for a mesh: CheckpointError, ConfigError."""
+    layout = expert_layout(check_checkpoint(model_folder(config.model)))
+    if config.experts.mode == "colocated":
+        return
+    if not layout.layers:
+        raise ConfigError(
+            f"experts.mode: 'mesh' needs a model with routed experts; {config.model.source} is dense: use 'colocated'"
+        )
+    if config.experts.shards > layout.num_experts * config.experts.redundancy:
+        raise CheckpointError(
+            f"experts.shards: {config.experts.shards} is more than the {layout.num_experts} experts of the model "
+            f"times experts.redundancy ({config.experts.redundancy}): some shard would hold nothing"
+        )
+
+
+def _config_of(arguments: Mapping[str, Any]) -> MeshConfig:
+    unknown = set(arguments) - {"config", "mesh"}
+    if unknown or len(arguments) > 1:
+        raise ConfigError(f"builder arguments {sorted(arguments)}; allowed: one of config, mesh")
+    return load_config(arguments.get("mesh", arguments.get("config")))
+
+
+def _experts(config: MeshConfig, controller: Application) -> Application:
+    from expertmesh.deployments.experts.deployment import ExpertShard
+
+    experts = config.experts
+    return serve.deployment(
+        name="experts",
+        num_replicas=experts.shards,
+        health_check_period_s=_HEALTH_CHECK_S,
+        ray_actor_options={
+            "num_cpus": experts.cpus,
+            "num_gpus": experts.gpus,
+            "resources": dict(experts.resources),
+            "runtime_env": {"env_vars": _environment(config, experts.threads)},
+        },
+    )(ExpertShard).bind(config, controller)
+
+
+def _attention_options(config: MeshConfig) -> dict[str, Any]:
+    attention, scaling = config.attention, config.autoscaling.attention
+    options: dict[str, Any] = {
+        "max_ongoing_requests": 4 * attention.max_num_seqs,
+        "health_check_period_s": _HEALTH_CHECK_S,
+        "ray_actor_options": {
+            "num_cpus": attention.cpus,
+            "num_gpus": attention.gpus,
+            "resources": dict(attention.resources),
+            "runtime_env": {"env_vars": _environment(config, attention.threads)},
+        },
+    }
+    if scaling is None:
+        return {**options, "num_replicas": attention.replicas}
+    return {
+        **options,
+        "autoscaling_config": {
+            "min_replicas": scaling.min_replicas,
+            "max_replicas": scaling.max_replicas,
+            "target_ongoing_requests": scaling.target_ongoing_requests,
+        },
+    }
+
+
+def _environment(config: MeshConfig, threads: int) -> dict[str, str]:
+    """What vLLM and OpenMP read when a replica's process starts."""
+    return {
+        "OMP_NUM_THREADS": str(threads),
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # `auto` would bind every engine of a machine to the same cores
+        "VLLM_LOGGING_LEVEL": config.telemetry.log_level.upper(),
+        "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_WORKER_MULTIPROCESSING_METHOD": "spawn",
+        "HF_HUB_OFFLINE": "1",  # checkpoints are folders; nothing is ever fetched by name
+        "TOKENIZERS_PARALLELISM": "false",
+    }

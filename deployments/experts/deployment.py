@@ -1,0 +1,104 @@
+"""The expert deployment: each replica leases experts, loads just those, and serves them on its own sockets."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from dataclasses import asdict
+from typing import Any
+
+from ray.serve.handle import DeploymentHandle
+
+from expertmesh.deployments.experts.shard import Shard, ShardSettings, new_shard_id
+from expertmesh.deployments.messages import JoinRequest, Lease, ShardReport
+from expertmesh.deployments.runtime import bind_host, mesh_secret, node_id, prepare_replica
+from expertmesh.platform.checkpoints.source import model_folder
+from expertmesh.platform.config import MeshConfig
+from expertmesh.routing.placement import Target
+from expertmesh.routing.wire import Limits
+
+log = logging.getLogger("expertmesh.experts")
+
+
+class ExpertShard:
+    """A shard's life: join, load, serve, report; join again if the controller forgot it."""
+
+    async def __init__(self, config: MeshConfig, controller: DeploymentHandle[Any]) -> None:  # type: ignore[misc]  # Serve awaits it
+        """Returns when the shard serves, so that Serve counts it as running only then. Raises CheckpointError."""
+        prepare_replica(config)
+        self._config = config
+        self._controller = controller
+        self._id = new_shard_id()
+        self._node = node_id()
+        self._shard: Shard | None = None
+        self._epoch = 0
+        self._lease = await self._join(None)
+        self._beating = asyncio.get_running_loop().create_task(self._beat())
+        try:
+            self._shard = await asyncio.to_thread(self._load, self._lease)
+        except BaseException:
+            self._beating.cancel()
+            await self._controller.leave.remote(self._id)
+            raise
+        self._shard.start()
+        await self._report()
+
+    async def _beat(self) -> None:
+        while True:
+            await asyncio.sleep(self._config.experts.heartbeat_interval_s)
+            await self._report()
+
+    async def _join(self, held: int | None) -> Lease:
+        while True:
+            request = JoinRequest(self._id, self._node, held, self._epoch)
+            lease: Lease | None = await self._controller.join.remote(request)
+            if lease is not None:
+                return lease
+            if held is not None:
+                raise RuntimeError(f"shard {self._id} was away and its experts went to another")
+            await asyncio.sleep(self._config.experts.heartbeat_interval_s)
+
+    def _load(self, lease: Lease) -> Shard:
+        routing, experts = self._config.routing, self._config.experts
+        settings = ShardSettings(
+            folder=model_folder(self._config.model),
+            dtype=self._config.model.dtype,
+            threads=experts.threads,
+            transport=routing.transport,
+            bind_host=bind_host(self._config),
+            limits=Limits(routing.max_frame_rows, routing.max_frame_mib << 20),
+            max_batch_rows=experts.max_batch_rows,
+        )
+        return Shard(settings, mesh_secret(self._config), lease.slots, self._id)
+
+    async def _report(self) -> None:
+        shard = self._shard
+        target = Target(self._id, self._node, tuple(shard.addresses)) if shard is not None else None
+        stats = {**asdict(shard.stats), "bytes_read": shard.bytes_read} if shard is not None else {}
+        try:
+            epoch: int | None = await asyncio.wait_for(
+                self._controller.heartbeat.remote(ShardReport(self._id, target, stats)),
+                self._config.experts.heartbeat_timeout_s,
+            )
+        except Exception as error:  # whatever keeps the controller away, serving goes on
+            log.warning("shard %s can't reach the controller: %r", self._id, error)
+            return
+        if epoch is None:
+            await self._join(self._lease.index)
+        elif shard is not None:
+            self._epoch = shard.server.epoch = epoch
+
+    def check_health(self) -> None:
+        """Raises if the shard can't serve any more, so that Serve replaces it."""
+        if self._beating.done():
+            self._beating.result()
+        if self._shard is not None and not self._shard.server.alive:
+            raise RuntimeError(f"data plane of shard {self._id} ended: {self._shard.server.failure!r}")
+
+    def __del__(self) -> None:
+        if (beating := getattr(self, "_beating", None)) is not None:
+            beating.cancel()
+        if (shard := getattr(self, "_shard", None)) is not None:
+            self._shard = None
+            shard.stop()
+            self._controller.leave.remote(self._id)

@@ -1,0 +1,1 @@
+"""The ingress: vLLM's own OpenAI layer in a process without an engine, and the mesh's admin routes."""

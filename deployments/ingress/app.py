@@ -1,0 +1,63 @@
+"""vLLM's FastAPI application over the mesh."""
+
+from __future__ import annotations
+
+import os
+from argparse import Namespace
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+from fastapi import FastAPI
+from vllm import AsyncEngineArgs
+from vllm.config import VllmConfig
+from vllm.entrypoints.launchers.api_server.app_state import init_app_state
+from vllm.entrypoints.launchers.app import build_app
+from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+from expertmesh.deployments.ingress.client import MeshEngineClient
+from expertmesh.deployments.ingress.core import RemoteCore
+from expertmesh.platform.config import MeshConfig
+
+_NOT_OURS = ("/scale_elastic_ep", "/is_scaling_elastic_ep", "/inference/v1", "/load", "/metrics")
+"""vLLM's routes that speak of an engine in this process; there is none."""
+
+
+def front_arguments(config: MeshConfig, folder: Path) -> Namespace:
+    """The arguments of vLLM's API server for this config."""
+    argv = ["--model", os.fspath(folder), "--served-model-name", config.model.name, "--dtype", config.model.dtype]
+    if config.model.max_model_len is not None:
+        argv += ["--max-model-len", str(config.model.max_model_len)]
+    argv += ["--disable-log-stats", "--enable-prompt-tokens-details", "--disable-uvicorn-access-log"]
+    for name, value in config.attention.engine_args.items():
+        # What the engines validate prompts and build templates by, the front must know as well.
+        if name in ("tokenizer", "tokenizer_mode", "trust_remote_code", "hf_overrides", "max_logprobs"):
+            flag = f"--{name.replace('_', '-')}"
+            argv += [flag] if value is True else [flag, str(value)]
+    arguments: Namespace = make_arg_parser(FlexibleArgumentParser()).parse_args(argv)
+    validate_parsed_serve_args(arguments)
+    return arguments
+
+
+def front_config(arguments: Namespace) -> VllmConfig:
+    """vLLM's config of a process that renders and validates but has no device and no KV cache."""
+    engine = AsyncEngineArgs.from_cli_args(arguments)
+    model = engine.create_model_config()
+    model.quantization = None  # nothing is loaded here; the check of its kernels would ask for a device
+    return VllmConfig(
+        model_config=model,
+        logging_config=engine.create_logging_config(),
+        structured_outputs_config=engine.create_structured_outputs_config(),
+    )
+
+
+async def openai_app(
+    config: MeshConfig, folder: Path, core: RemoteCore, healthy: Callable[[], Awaitable[bool]]
+) -> FastAPI:
+    """The application, ready to serve."""
+    arguments = front_arguments(config, folder)
+    client = MeshEngineClient(front_config(arguments), core, healthy)
+    app = build_app(arguments, ("generate",), client.model_config)
+    app.router.routes[:] = [r for r in app.router.routes if not getattr(r, "path", "").startswith(_NOT_OURS)]
+    await init_app_state(client, app.state, arguments, ("generate",))
+    return app

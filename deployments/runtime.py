@@ -1,0 +1,46 @@
+"""What every replica does first, and where on the cluster it finds itself."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import ray
+
+from expertmesh.platform.config import MeshConfig, cluster_secret
+
+_LEVELS = {"debug": logging.DEBUG, "info": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR}
+
+
+def prepare_replica(config: MeshConfig) -> None:
+    """Sets the level of our own log; the rest of logging is Ray Serve's."""
+    logging.getLogger("expertmesh").setLevel(_LEVELS[config.telemetry.log_level])
+
+
+def node_id() -> str:
+    """Ray's id of this node."""
+    return str(ray.get_runtime_context().get_node_id())
+
+
+def bind_host(config: MeshConfig) -> str:
+    """The address that this node's shards listen on."""
+    if config.routing.bind_host == "auto":
+        return str(ray.util.get_node_ip_address())
+    return config.routing.bind_host
+
+
+def mesh_secret(config: MeshConfig) -> bytes:
+    """The cluster's secret, on any node.
+
+    From `routing.secret_file` or the environment; on a machine that has neither, one made for this user. Shards and
+    attention replicas on other machines then have another one and refuse each other: a cluster must be given one.
+    """
+    return cluster_secret(config, create_in=config.model.resolved_cache_dir)
+
+
+def secret_path(config: MeshConfig, folder: Path) -> Path:
+    """The secret in a file that only this user can read, in a folder that is gone with the replica."""
+    path = folder / "secret"
+    path.touch(mode=0o600)
+    path.write_bytes(mesh_secret(config))
+    return path
