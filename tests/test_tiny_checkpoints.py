@@ -77,6 +77,7 @@ def test_family_facts_that_the_engine_needs(tmp_path: Path) -> None:
     deepseek = open_checkpoint(write_family("deepseek_v3", tmp_path / "deepseek"))
     wanted = {"topk_method": "noaux_tc", "scoring_func": "sigmoid", "kv_lora_rank": 512, "qk_rope_head_dim": 64}
     assert wanted.items() <= deepseek.config.items()
+    assert deepseek.config["rope_parameters"]["rope_type"] == "yarn"
     assert "model.layers.1.mlp.gate.e_score_correction_bias" in deepseek.tensors
     gpt_oss = open_checkpoint(write_family("gpt_oss", tmp_path / "gpt_oss"))
     assert gpt_oss.config["layer_types"] == ["sliding_attention", "full_attention"] * 2

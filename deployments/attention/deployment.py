@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import os
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -22,6 +23,7 @@ from expertmesh.routing.dispatch import LoadCounters, Mailbox
 from expertmesh.routing.placement import RoutingTable
 from expertmesh.routing.vllm_plugin import MeshSettings, Role
 from expertmesh.routing.vllm_plugin.loader import REPORT_NAME
+from expertmesh.routing.vllm_plugin.orphan import OWNER_VARIABLE
 
 log = logging.getLogger("expertmesh.attention")
 
@@ -41,23 +43,25 @@ class AttentionReplica:
         self._id = serve.get_replica_context().replica_id.unique_id
         self._engine: Engine | None = None
         self._epoch = 0
-        self._mailbox: Mailbox | None = None
+        self._mailbox = Mailbox.create()
         self._loads: LoadCounters | None = None
         self._tasks: list[asyncio.Task[None]] = []
+        # For the engine's processes: whom to follow into death, and where their sockets are swept up.
+        os.environ[OWNER_VARIABLE] = str(os.getpid())
+        os.environ["VLLM_RPC_BASE_PATH"] = str(self._mailbox.folder)
         folder = await asyncio.to_thread(model_folder, config.model)
         mesh = None
         loop = asyncio.get_running_loop()
         if config.experts.mode == "mesh":
-            mailbox = self._mailbox = Mailbox.create()
             checkpoint = open_checkpoint(folder)
             layout = expert_layout(checkpoint)
-            self._loads = LoadCounters(mailbox.loads_path, len(layout.layers), layout.num_experts)
-            secret = str(secret_path(config, mailbox.folder))
+            self._loads = LoadCounters(self._mailbox.loads_path, len(layout.layers), layout.num_experts)
+            secret = str(secret_path(config, self._mailbox.folder))
             dispatch = self._dispatch_settings(checkpoint_revision(checkpoint))
             mesh = MeshSettings(
-                Role.ATTENTION, str(mailbox.folder), secret, layout.layers, layout.num_experts, dispatch
+                Role.ATTENTION, str(self._mailbox.folder), secret, layout.layers, layout.num_experts, dispatch
             )
-            self._tasks.append(loop.create_task(self._follow_placement(mailbox)))
+            self._tasks.append(loop.create_task(self._follow_placement()))
         self._tasks.append(loop.create_task(self._report_forever()))
         try:
             self._engine = await asyncio.to_thread(Engine, engine_arguments(config, folder, mesh))
@@ -93,7 +97,7 @@ class AttentionReplica:
         if self._engine is not None:
             self._engine.check()
 
-    async def _follow_placement(self, mailbox: Mailbox) -> None:
+    async def _follow_placement(self) -> None:
         while True:
             try:
                 text: str | None = await self._controller.watch.remote(self._epoch, _WATCH_S)
@@ -103,7 +107,7 @@ class AttentionReplica:
                 continue
             if text is not None:
                 table = RoutingTable.from_json(text)
-                mailbox.publish(table)
+                self._mailbox.publish(table)
                 self._epoch = table.epoch
 
     async def _report_forever(self) -> None:
@@ -113,7 +117,7 @@ class AttentionReplica:
 
     async def _report(self) -> None:
         stats: dict[str, Any] = {}
-        if self._loads is not None and self._mailbox is not None:
+        if self._loads is not None:
             stats = {"dispatch": self._loads.as_dict()}
             loaded = self._mailbox.folder / REPORT_NAME
             if loaded.exists():
@@ -138,8 +142,7 @@ class AttentionReplica:
         if self._engine is not None:
             self._engine.shutdown()
             self._engine = None
-        if self._mailbox is not None:
-            self._mailbox.close()
+        self._mailbox.close()
 
     def __del__(self) -> None:
         if hasattr(self, "_tasks"):

@@ -10,6 +10,7 @@ from typing import Any
 
 from vllm import AsyncEngineArgs
 from vllm.config import VllmConfig
+from vllm.platforms import current_platform
 from vllm.v1.engine import EngineCoreOutput, EngineCoreRequest
 from vllm.v1.engine.core_client import EngineCoreClient
 from vllm.v1.engine.exceptions import EngineDeadError
@@ -33,8 +34,11 @@ def engine_arguments(config: MeshConfig, folder: Path, mesh: MeshSettings | None
         "enable_prefix_caching": attention.prefix_caching,
         "disable_log_stats": True,
     }
-    if attention.kv_cache_gib is not None:
-        arguments["kv_cache_memory_bytes"] = int(attention.kv_cache_gib * 2**30)
+    kv_cache_gib = attention.kv_cache_gib
+    if kv_cache_gib is None and current_platform.is_cpu():
+        kv_cache_gib = 1.0
+    if kv_cache_gib is not None:
+        arguments["kv_cache_memory_bytes"] = int(kv_cache_gib * 2**30)
     if mesh is not None:
         arguments["load_format"] = LOAD_FORMAT
         arguments["additional_config"] = mesh.to_additional_config()

@@ -13,7 +13,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from vllm.config import VllmConfig, set_current_vllm_config
@@ -101,7 +101,8 @@ class ExpertBank:
         if int(slot.min()) < 0:
             missing = sorted(set(experts[slot < 0].tolist()))
             raise NotHeld(f"experts {missing} of layer {layer} are not in this shard's slots")
-        return run_pairs(self._modules[layer].forward_modular, body.x, body.rows, slot, body.weights)
+        forward = cast("Forward", self._modules[layer].forward_modular)
+        return run_pairs(forward, body.x, body.rows, slot, body.weights)
 
     def close(self) -> None:
         """Leaves vLLM's forward context; the weights go with the object."""
@@ -122,7 +123,7 @@ class ExpertBank:
     def _build(self, config: VllmConfig, slots: IntArray) -> dict[int, RoutedExperts]:
         with set_current_vllm_config(config):
             _init_single_process()
-            with set_default_torch_dtype(config.model_config.dtype), torch.device("meta"):
+            with set_default_torch_dtype(cast("torch.dtype", config.model_config.dtype)), torch.device("meta"):
                 model = initialize_model(vllm_config=config, model_config=config.model_config)
             modules = {layer_number(m.layer_name): m for m in model.modules() if isinstance(m, RoutedExperts)}
             if missing := set(self._layout.layers) - set(modules):

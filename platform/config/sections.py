@@ -137,7 +137,10 @@ class AttentionConfig(Section):
     resources: Resources = Field(
         default_factory=dict, description="More Ray resources that each replica reserves, by name."
     )
-    kv_cache_gib: Gibibytes = Field(default=1.0, description="Memory for the KV cache of each replica.")
+    kv_cache_gib: Gibibytes | None = Field(
+        default=None,
+        description="Memory for the KV cache of each replica; null takes 1 GiB on CPU, what the device has left on GPU.",
+    )
     max_num_seqs: Count = Field(
         default=64, description="Sequences that one engine step computes at most.", json_schema_extra=unit("sequences")
     )

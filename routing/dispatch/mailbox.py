@@ -18,7 +18,12 @@ import numpy as np
 from expertmesh.routing.placement import RoutingTable
 
 _SHARED_MEMORY = Path("/dev/shm")
+_PREFIX = "expertmesh-"
 _COUNTERS = ("dispatches", "retries", "waits")
+
+
+def _parent() -> Path:
+    return _SHARED_MEMORY if _SHARED_MEMORY.is_dir() else Path(tempfile.gettempdir())
 
 
 class TableSource(Protocol):
@@ -89,9 +94,17 @@ class Mailbox:
 
     @classmethod
     def create(cls) -> Mailbox:
-        """A new empty mailbox in shared memory (in the temporary folder where there is none)."""
-        parent = _SHARED_MEMORY if _SHARED_MEMORY.is_dir() else None
-        return cls(Path(tempfile.mkdtemp(prefix="expertmesh-", dir=parent)))
+        """A new empty mailbox of this process, in shared memory (in the temporary folder where there is none)."""
+        cls.sweep()
+        return cls(Path(tempfile.mkdtemp(prefix=f"{_PREFIX}{os.getpid()}-", dir=_parent())))
+
+    @staticmethod
+    def sweep() -> None:
+        """Removes mailboxes whose process was killed before it could."""
+        for folder in _parent().glob(f"{_PREFIX}*-*"):
+            pid = folder.name.removeprefix(_PREFIX).partition("-")[0]
+            if pid.isdecimal() and not Path("/proc", pid).exists():
+                shutil.rmtree(folder, ignore_errors=True)
 
     @property
     def table_path(self) -> Path:

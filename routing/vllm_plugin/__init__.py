@@ -11,6 +11,9 @@ __all__ = ["CONFIG_KEY", "LOAD_FORMAT", "MeshSettings", "Role", "register"]
 
 def register() -> None:
     """Registers the layer and the load format with vLLM. May be called again: it does nothing then."""
+    from expertmesh.routing.vllm_plugin.orphan import follow_owner
+
+    follow_owner()
     from expertmesh.routing.vllm_plugin.layer import register_layers
     from expertmesh.routing.vllm_plugin.loader import register_loader
 

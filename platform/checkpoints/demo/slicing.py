@@ -80,10 +80,13 @@ def group_outputs(activations: Tensor, down: Tensor, groups: Tensor) -> Tensor:
     activations [T, F], down [H, F], groups [E, W] -> [T, E]. The average is taken off because the refit down
     projection of the neurons that always run can stand in for it.
     """
+    centred = activations - activations.mean(0)
     norms = []
     for members in groups:
-        output = activations[:, members] @ down[:, members].T
-        norms.append((output - output.mean(0)).norm(dim=1))
+        # |down @ a|^2 = a @ (down.T @ down) @ a, in the group's few neurons instead of the hidden width.
+        gram = down[:, members].T @ down[:, members]
+        part = centred[:, members]
+        norms.append(((part @ gram) * part).sum(1).clamp_min(0).sqrt())
     return torch.stack(norms, dim=1)
 
 

@@ -1,0 +1,159 @@
+"""What the admin API answers, as frozen values.
+
+Fields that this version doesn't know are ignored, so a client may be older than its mesh; counters that a replica
+hasn't reported yet (it is still loading) are zero or None.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from pydantic import BaseModel, ConfigDict
+
+
+class _Answer(BaseModel):
+    # "model" is a word of our API; pydantic keeps the prefix "model_" for itself.
+    model_config = ConfigDict(frozen=True, extra="ignore", protected_namespaces=())
+
+
+class DispatchCounts(_Answer):
+    """An attention replica's dispatches since its engine started."""
+
+    dispatches: int = 0
+    """MoE layers computed through the shards, one for each layer and step."""
+    retries: int = 0
+    """Frames sent again to another copy."""
+    waits: int = 0
+    """Times that a layer waited for a missing expert to be placed."""
+
+
+class LoadedBytes(_Answer):
+    """What an attention replica read of the checkpoint."""
+
+    bytes_read: int = 0
+    tensors_read: int = 0
+    tensors_skipped: int = 0
+    """Expert tensors, which the shards hold."""
+    seconds: float = 0.0
+
+
+class AttentionReplica(_Answer):
+    """An attention replica, as of its last report."""
+
+    replica: str
+    node: str
+    """Ray's node id."""
+    ready: bool
+    epoch: int
+    """Placement epoch that it dispatches by."""
+    running: int
+    """Requests in its engine."""
+    seen_s: float
+    """Seconds since that report."""
+    dispatch: DispatchCounts = DispatchCounts()
+    loaded: LoadedBytes | None = None
+    """None while it loads, and where the experts are in the engines (mode `colocated`)."""
+
+
+class ExpertShard(_Answer):
+    """An expert shard, as of its last heartbeat. Counters are since it started."""
+
+    shard: str
+    index: int
+    """Which of the placement's shards it is: the index into `Placement.slots`."""
+    node: str
+    """Ray's node id."""
+    ready: bool
+    addresses: list[str] = []
+    """Where its data plane listens; empty while it loads."""
+    experts: int
+    """Physical experts that it holds, of all layers."""
+    seen_s: float
+    """Seconds since that heartbeat."""
+    frames: int = 0
+    batches: int = 0
+    """Kernel calls: fewer than frames where requests waited together."""
+    pairs: int = 0
+    """(token, expert) pairs computed."""
+    busy_s: float = 0.0
+    """Seconds in the kernel."""
+    refused: int = 0
+    """Frames answered with an error."""
+    connections: int = 0
+    """Open now."""
+    bytes_read: int = 0
+    """Of the checkpoint."""
+
+
+class PlacementSummary(_Answer):
+    """The placement in figures."""
+
+    epoch: int
+    layers: int
+    """Layers with routed experts."""
+    experts: int
+    """Logical experts of one layer."""
+    redundancy: int
+    """Least number of shards that hold each logical expert; 0 while one is missing, or without shards."""
+    missing_experts: int
+    """Logical experts, of all layers, that no shard serves."""
+    expert_bytes: int = 0
+    """Size of all routed experts in the checkpoint."""
+
+
+class MeshStatus(_Answer):
+    """`GET /mesh/status`."""
+
+    model: str
+    """Its name in the OpenAI API."""
+    mode: str
+    """`mesh`, or `colocated` where the experts are in the engines."""
+    health: str
+    """`ok`, `starting` (no attention replica is ready) or `degraded` (experts are missing)."""
+    revision: str
+    """Identity of the checkpoint."""
+    placement: PlacementSummary
+    attention: list[AttentionReplica]
+    shards: list[ExpertShard]
+
+    @property
+    def ok(self) -> bool:
+        """Whether every request can be served now."""
+        return self.health == "ok"
+
+
+class Placement(_Answer):
+    """`GET /mesh/placement`: which physical experts are where."""
+
+    epoch: int
+    layers: list[int]
+    """The model's number of each layer with routed experts."""
+    experts: int
+    """Logical experts of one layer."""
+    shards: Mapping[int, str]
+    """Serving shard of each index; an index that is not there has no shard now."""
+    slots: list[list[list[int]]]
+    """[shard index][position in `layers`][slot]: expert id, -1 where a slot is empty."""
+
+    def holders(self, layer: int, expert: int) -> list[str]:
+        """Serving shards that hold `expert` of the model's layer `layer`; none if it is missing.
+
+        Raises ValueError if `layer` has no routed experts or no such expert.
+        """
+        if layer not in self.layers:
+            raise ValueError(f"layer {layer} has no routed experts; allowed: {self.layers}")
+        if not 0 <= expert < self.experts:
+            raise ValueError(f"layer {layer} has no expert {expert}; allowed: 0 to {self.experts - 1}")
+        at = self.layers.index(layer)
+        return [shard for index, shard in sorted(self.shards.items()) if expert in self.slots[index][at]]
+
+
+class Loads(_Answer):
+    """`GET /mesh/loads`: how much each expert has had to do since the controller started."""
+
+    layers: list[int]
+    """The model's number of each layer with routed experts."""
+    tokens: list[list[int]]
+    """[position in `layers`][expert]: tokens dispatched."""
+    by_shard: Mapping[str, int]
+    """(token, expert) pairs that each shard computed since it started."""

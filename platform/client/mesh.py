@@ -1,0 +1,78 @@
+"""The admin API, sync and async: the two differ in nothing but the awaiting."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, TypeVar
+
+from openai import AsyncOpenAI, OpenAI
+from pydantic import TypeAdapter
+
+from expertmesh.platform.client._exchange import Route
+from expertmesh.platform.client._models import Loads, MeshStatus, Placement
+
+_T = TypeVar("_T")
+
+RouteName = Literal["status", "placement", "loads"]
+
+_STATUS = Route("status", TypeAdapter(MeshStatus))
+_PLACEMENT = Route("placement", TypeAdapter(Placement))
+_LOADS = Route("loads", TypeAdapter(Loads))
+_ANY_OBJECT: TypeAdapter[dict[str, Any]] = TypeAdapter(dict[str, Any])
+
+
+class Mesh:
+    """The admin API, over an OpenAI client's connections, key, timeout and retries.
+
+    Every method raises Unavailable if the mesh can't be reached or its controller is away, and ExpertMeshError if
+    what answers is no ExpertMesh ingress or refuses the key.
+    """
+
+    def __init__(self, client: OpenAI) -> None:
+        self._client = client
+
+    def status(self) -> MeshStatus:
+        """Health, replicas, shards, and the placement in figures."""
+        return self._ask(_STATUS)
+
+    def placement(self) -> Placement:
+        """Which physical experts are where."""
+        return self._ask(_PLACEMENT)
+
+    def loads(self) -> Loads:
+        """Tokens dispatched to each expert."""
+        return self._ask(_LOADS)
+
+    def raw(self, route: RouteName) -> dict[str, Any]:
+        """The JSON as the mesh sent it, with fields that this version doesn't know."""
+        return self._ask(Route(route, _ANY_OBJECT))
+
+    def _ask(self, route: Route[_T]) -> _T:
+        with route.asked_at(self._client.base_url) as url:
+            return route.read(self._client.get(url, cast_to=str))
+
+
+class AsyncMesh:
+    """`Mesh` for asyncio."""
+
+    def __init__(self, client: AsyncOpenAI) -> None:
+        self._client = client
+
+    async def status(self) -> MeshStatus:
+        """Health, replicas, shards, and the placement in figures."""
+        return await self._ask(_STATUS)
+
+    async def placement(self) -> Placement:
+        """Which physical experts are where."""
+        return await self._ask(_PLACEMENT)
+
+    async def loads(self) -> Loads:
+        """Tokens dispatched to each expert."""
+        return await self._ask(_LOADS)
+
+    async def raw(self, route: RouteName) -> dict[str, Any]:
+        """The JSON as the mesh sent it, with fields that this version doesn't know."""
+        return await self._ask(Route(route, _ANY_OBJECT))
+
+    async def _ask(self, route: Route[_T]) -> _T:
+        with route.asked_at(self._client.base_url) as url:
+            return route.read(await self._client.get(url, cast_to=str))
