@@ -273,8 +273,9 @@ def test_index_errors(tmp_path: Path) -> None:
         write_index(tmp_path, good | {"a": file})
         with pytest.raises(CheckpointError, match="weight_map puts tensor 'a' into"):
             open_checkpoint(tmp_path)
-    for weight_map in ({}, [], "x", None):
-        write_index(tmp_path, weight_map)
+    not_maps: list[Any] = [{}, [], "x", None]
+    for not_a_map in not_maps:
+        write_index(tmp_path, not_a_map)
         with pytest.raises(CheckpointError, match=r"index\.json: weight_map must map"):
             open_checkpoint(tmp_path)
 

@@ -41,8 +41,19 @@ def new_shard_id() -> str:
 class Shard:
     """Loads the experts of a lease and serves them from `start` to `stop`."""
 
-    def __init__(self, settings: ShardSettings, secret: bytes, slots: IntArray, shard_id: str | None = None) -> None:
-        """slots: [layers, slots] expert ids, -1 where empty. Loads weights: takes seconds. Raises CheckpointError."""
+    def __init__(
+        self,
+        settings: ShardSettings,
+        secret: bytes,
+        slots: IntArray,
+        shard_id: str | None = None,
+        revision: str | None = None,
+    ) -> None:
+        """Loads weights: takes seconds. Raises CheckpointError.
+
+        slots: [layers, slots] expert ids, -1 where empty; revision: what it tells dispatchers that it serves, the
+        checkpoint's own unless given.
+        """
         self.shard_id = shard_id or new_shard_id()
         checkpoint = open_checkpoint(settings.folder)
         self.bank = ExpertBank(checkpoint, expert_layout(checkpoint), slots, settings.dtype, settings.threads)
@@ -50,7 +61,7 @@ class Shard:
         """Bytes of tensors read from the checkpoint."""
         listeners = [listen(address) for address in self._wanted(settings)]
         self.addresses: Sequence[str] = tuple(str(address) for _, address in listeners)
-        me = Peer(self.shard_id, checkpoint_revision(checkpoint), self.bank.width, self.bank.dtype)
+        me = Peer(self.shard_id, revision or checkpoint_revision(checkpoint), self.bank.width, self.bank.dtype)
         sockets = [sock for sock, _ in listeners]
         self.server = FrameServer(sockets, secret, me, self.bank, settings.limits, settings.max_batch_rows)
 

@@ -143,12 +143,11 @@ def open_checkpoint(folder: str | Path) -> Checkpoint:
     return checkpoint
 
 
-def checkpoint_revision(checkpoint: Checkpoint, samples_per_file: int = 0) -> str:
-    """16 hex characters that identify the checkpoint: config.json, and each file's name, size and header.
+def checkpoint_revision(checkpoint: Checkpoint, samples_per_file: int = 16) -> str:
+    """16 hex characters that identify the checkpoint: config.json, each file's name, size, header, and samples of it.
 
-    The data is left out, so **two trainings of one architecture share a revision** unless `samples_per_file` is
-    positive: then that many pieces of 4 KiB of each file count too, which tells them apart for a few reads. The result
-    is the same on every machine that holds the same files.
+    The samples, pieces of 4 KiB evenly spread over each file, tell two trainings of one architecture apart for a few
+    reads; with 0 of them such two share a revision. The result is the same on every machine that holds the same files.
     """
     digest = hashlib.sha256(checkpoint.config_digest.encode())
     for file in sorted(checkpoint.files, key=lambda file: file.path.name):

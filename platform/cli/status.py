@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.box import SIMPLE_HEAD
 from rich.console import Console, Group, RenderableType
 from rich.filesize import decimal
 from rich.table import Table
@@ -140,8 +141,8 @@ def _summary(status: MeshStatus) -> Table:
 
 def _attention(status: MeshStatus) -> Table:
     table = _table("attention replicas", "replica", "node", "ready")
-    for header in ("epoch", "running", "dispatches", "retries", "loaded", "seen"):
-        table.add_column(header, justify="right")
+    for header in ("epoch", "running", "dispatches", "retries", "loaded", "seen ago"):
+        table.add_column(header, justify="right", overflow="fold")
     for replica in status.attention:
         table.add_row(
             replica.replica,
@@ -159,8 +160,8 @@ def _attention(status: MeshStatus) -> Table:
 
 def _shards(shards: list[ExpertShard]) -> Table:
     table = _table("expert shards", "shard", "index", "node", "ready")
-    for header in ("experts", "pairs", "busy", "read", "seen"):
-        table.add_column(header, justify="right")
+    for header in ("experts", "pairs", "busy", "read", "seen ago"):
+        table.add_column(header, justify="right", overflow="fold")
     for shard in shards:
         table.add_row(
             shard.shard,
@@ -177,7 +178,13 @@ def _shards(shards: list[ExpertShard]) -> Table:
 
 
 def _table(title: str, *headers: str) -> Table:
-    return Table(*headers, title=title, title_justify="left", title_style="bold")
+    """Narrow enough for 80 columns; what doesn't fit is folded, never cut off."""
+    table = Table(title=f"\n{title}", title_justify="left", title_style="bold", box=SIMPLE_HEAD)
+    table.show_edge = table.pad_edge = False
+    table.padding = (0, 1, 0, 0)
+    for header in headers:
+        table.add_column(header, overflow="fold")
+    return table
 
 
 def _short(node: str) -> str:
@@ -190,4 +197,4 @@ def _yes_no(value: bool) -> Text:
 
 
 def _ago(seconds: float) -> str:
-    return f"{seconds:.1f} s ago"
+    return f"{seconds:.1f} s"

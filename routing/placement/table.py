@@ -78,10 +78,12 @@ class RoutingTable:
             targets = tuple(Target(t["shard"], t["node"], tuple(t["addresses"])) for t in data["targets"])
             copies = np.array(data["copies"], dtype=np.int32).reshape(data["shape"])
             table = cls(int(data["epoch"]), tuple(int(i) for i in data["layers"]), targets, copies)
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
             raise WireError(f"not a routing table: {error!r}") from error
-        if copies.ndim != 3 or len(table.layers) != copies.shape[0] or (copies >= len(targets)).any():
+        if copies.ndim != 3 or len(table.layers) != copies.shape[0]:
             raise WireError(f"routing table of shape {copies.shape} for {len(table.layers)} layers")
+        if (copies >= len(targets)).any() or (copies < -1).any():
+            raise WireError(f"routing table with copies outside -1 to {len(targets) - 1}, its targets")
         return table
 
 

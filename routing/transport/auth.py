@@ -17,6 +17,7 @@ import json
 import os
 import socket
 import struct
+import time
 from dataclasses import asdict, dataclass
 
 from expertmesh.errors import WireError
@@ -25,6 +26,7 @@ _MAGIC = b"XMA1"
 _NONCE_BYTES = 32
 _MAC_BYTES = 32
 _MAX_INTRODUCTION_BYTES = 4096
+_LEAST_TIMEOUT_S = 0.001
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,12 +48,23 @@ def _mac(secret: bytes, role: bytes, *parts: bytes) -> bytes:
 
 
 def receive_exactly(sock: socket.socket, n: int) -> bytes:
-    """n bytes from a blocking socket. Raises WireError if the peer closes first."""
+    """n bytes from a blocking socket. Raises WireError if the peer closes first.
+
+    The socket's timeout is for all of them, and what is left of it is for the next call: a peer that drips can't
+    stretch it. Raises TimeoutError once it is used up.
+    """
     data = bytearray(n)
     view = memoryview(data)
     got = 0
+    budget = sock.gettimeout()
+    deadline = None if budget is None else time.monotonic() + budget
     while got < n:
         k = sock.recv_into(view[got:])
+        if deadline is not None:
+            left = deadline - time.monotonic()
+            if left <= 0 and got + k < n:
+                raise TimeoutError("timed out")
+            sock.settimeout(max(left, _LEAST_TIMEOUT_S))
         if k == 0:
             raise WireError(f"peer closed the connection after {got} of {n} bytes of the handshake")
         got += k

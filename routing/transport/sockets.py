@@ -29,10 +29,10 @@ class Address:
     def parse(cls, text: str) -> Self:
         """Reads what `str()` writes. Raises WireError for anything else."""
         family, _, rest = text.partition(":")
-        if family == "unix" and rest.startswith("@"):
+        if family == "unix" and rest.startswith("@") and len(rest) > 1:
             return cls("unix", rest[1:])
         host, _, port = rest.rpartition(":")
-        if family == "tcp" and host and port.isdecimal():
+        if family == "tcp" and host and port.isdecimal() and len(port) <= 5 and int(port) <= 65_535:
             return cls("tcp", host, int(port))
         raise WireError(f"address {text!r}; allowed: unix:@NAME or tcp:HOST:PORT")
 
@@ -70,19 +70,27 @@ def accepted(listener: socket.socket) -> socket.socket:
     return sock
 
 
+def _opened(address: Address, timeout_s: float) -> socket.socket:
+    if address.family == "tcp":
+        return socket.create_connection((address.name, address.port), timeout=timeout_s)
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        sock.settimeout(timeout_s)
+        sock.connect("\0" + address.name)
+    except BaseException:
+        sock.close()
+        raise
+    return sock
+
+
 def connect(address: Address, secret: bytes, timeout_s: float) -> tuple[socket.socket, Peer]:
     """A connected, mutually authenticated, non-blocking socket and who is at its other end.
 
     Raises WireError if nothing listens there, it does not answer in `timeout_s`, or it can't prove the secret.
     """
     try:
-        if address.family == "unix":
-            sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-            sock.settimeout(timeout_s)
-            sock.connect("\0" + address.name)
-        else:
-            sock = socket.create_connection((address.name, address.port), timeout=timeout_s)
-    except OSError as error:
+        sock = _opened(address, timeout_s)
+    except (OSError, ValueError) as error:  # ValueError: a host name that can't be one
         raise WireError(f"no shard answers at {address}: {error}") from error
     try:
         _tune(sock)

@@ -178,7 +178,7 @@ def combine_parts(request: Header, y: torch.Tensor, epoch: int) -> list[Buffer]:
 
 def error_parts(request: Header, code: int, message: str, epoch: int) -> list[Buffer]:
     """The answer to a request that can't be computed: why, in words, cut to the wire's limit."""
-    text = message.encode()[:MAX_MESSAGE_BYTES]
+    text = message.encode(errors="replace")[:MAX_MESSAGE_BYTES]
     return [Header(Kind.ERROR, 0, request.layer, len(text), code, 0, epoch, request.frame).pack(), text]
 
 
