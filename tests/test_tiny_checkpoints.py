@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoTokenizer
+
 from benchmarks.checkpoints import (
     EOS,
     FAMILIES,
@@ -14,8 +16,6 @@ from benchmarks.checkpoints import (
     write_medium_moe,
     write_swapped_experts,
 )
-from transformers import AutoTokenizer
-
 from expertmesh.platform.checkpoints import Checkpoint, check_checkpoint, expert_layout, open_checkpoint
 
 GATE_UP_DOWN = tuple(f"mlp.experts.{{}}.{kind}_proj.weight" for kind in ("down", "gate", "up"))

@@ -17,6 +17,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import islice
 from typing import Protocol
 
 import torch
@@ -42,6 +43,8 @@ log = logging.getLogger("expertmesh.experts")
 _HANDSHAKE_TIMEOUT_S = 5.0
 _HANDSHAKE_THREADS = 4
 _MAX_UNSENT_BYTES = 1 << 30
+_MAX_BUFFERS = 64
+"""Handed to the kernel at once: it takes no more than 1,024."""
 
 
 class Kernel(Protocol):
@@ -136,7 +139,7 @@ class _Connection:
         """Writes more of the queued bytes."""
         try:
             while self.outbox:
-                sent = self.sock.sendmsg(self.outbox)
+                sent = self.sock.sendmsg(list(islice(self.outbox, _MAX_BUFFERS)))
                 while self.outbox and sent >= len(self.outbox[0]):
                     sent -= len(self.outbox.popleft())
                 if self.outbox and sent:
@@ -172,10 +175,14 @@ class FrameServer:
         self._limits = limits
         self._max_batch_rows = max_batch_rows
         self._connections: dict[int, _Connection] = {}
+        self._greeting: set[socket.socket] = set()
         self._fresh: deque[socket.socket] = deque()
+        self._unread: list[_Connection] = []
+        """Those with more than one frame in their buffer, of which epoll knows nothing."""
         self._epoll = select.epoll()
         self._wake = os.eventfd(0, os.EFD_NONBLOCK)
         self._stopping = False
+        self._stopped = False
         self._handshakes = ThreadPoolExecutor(_HANDSHAKE_THREADS, thread_name_prefix="handshake")
         self._thread = threading.Thread(target=self._run, name="data-plane", daemon=True)
         self._frames = self._batches = self._pairs = self._refused = self._busy_ns = 0
@@ -191,17 +198,31 @@ class FrameServer:
         self._thread.start()
 
     def stop(self) -> None:
-        """Ends the thread after the batch at hand and closes every socket."""
-        self._stopping = True
+        """Ends the thread after the batch at hand and closes every socket; does nothing the second time."""
+        if self._stopped:
+            return
+        self._stopped = self._stopping = True
         os.eventfd_write(self._wake, 1)
-        self._thread.join()
+        if self._thread.ident is not None:
+            self._thread.join()
+        for sock in list(self._greeting):
+            with contextlib.suppress(OSError):
+                sock.shutdown(socket.SHUT_RDWR)  # ends its handshake now instead of at the timeout
         self._handshakes.shutdown(cancel_futures=True)
-        for connection in list(self._connections.values()):
-            connection.sock.close()
-        for sock in self._listeners.values():
+        self._close_sockets()
+        for sock in self._greeting:
             sock.close()
         self._epoll.close()
         os.close(self._wake)
+
+    def _close_sockets(self) -> None:
+        while self._fresh:
+            self._fresh.popleft().close()
+        for connection in self._connections.values():
+            connection.sock.close()
+        self._connections.clear()
+        for sock in self._listeners.values():
+            sock.close()
 
     @property
     def alive(self) -> bool:
@@ -221,13 +242,15 @@ class FrameServer:
         try:
             with torch.inference_mode():
                 while not self._stopping:
-                    self._turn(self._epoll.poll())
+                    self._turn(self._epoll.poll(0 if self._unread else None))
         except BaseException as error:  # the replica's health check reports it and Serve restarts the shard
             self.failure = error
             log.exception("data plane of shard %s ended", self._me.shard)
+        finally:
+            self._close_sockets()  # dispatchers see it at once and go elsewhere
 
     def _turn(self, events: list[tuple[int, int]]) -> None:
-        jobs: list[_Job] = []
+        readable = dict.fromkeys(self._unread)
         for fd, event in events:
             if fd in self._listeners:
                 self._accept(self._listeners[fd])
@@ -236,20 +259,19 @@ class FrameServer:
                 self._admit()
             elif (connection := self._connections.get(fd)) is not None:
                 if event & select.EPOLLOUT:
-                    self._guard(connection, connection.flush)
+                    self._write(connection, connection.flush)
                 if event & ~select.EPOLLOUT:
-                    self._take(connection, jobs)
-        while jobs:
-            by_layer: dict[int, list[_Job]] = {}
-            for job in jobs:
-                by_layer.setdefault(job[1].layer, []).append(job)
-            for group in by_layer.values():
-                for batch in _batches(group, self._max_batch_rows):
-                    self._serve(batch)
-            served, jobs = jobs, []
-            for connection, _, _ in served:
-                if connection.has_input and connection.sock.fileno() in self._connections:
-                    self._take(connection, jobs)
+                    readable[connection] = None
+        jobs: list[_Job] = []
+        for connection in readable:  # one frame each, so that nobody who sends many keeps the others waiting
+            self._take(connection, jobs)
+        by_layer: dict[int, list[_Job]] = {}
+        for job in jobs:
+            by_layer.setdefault(job[1].layer, []).append(job)
+        for group in by_layer.values():
+            for batch in _batches(group, self._max_batch_rows):
+                self._serve(batch)
+        self._unread = [c for c, _, _ in jobs if c.has_input and c.sock.fileno() in self._connections]
 
     def _take(self, connection: _Connection, jobs: list[_Job]) -> None:
         def read() -> None:
@@ -294,8 +316,12 @@ class FrameServer:
             at += header.rows
 
     def _reply(self, connection: _Connection, parts: Sequence[Buffer]) -> None:
+        self._write(connection, lambda: connection.send(parts))
+
+    def _write(self, connection: _Connection, action: Callable[[], None]) -> None:
+        """Does what writes, and asks epoll for room in the socket just as long as there is something to write."""
         had = bool(connection.outbox)
-        self._guard(connection, lambda: connection.send(parts))
+        self._guard(connection, action)
         if bool(connection.outbox) != had and connection.sock.fileno() in self._connections:
             self._epoll.modify(connection.sock, select.EPOLLIN | (select.EPOLLOUT if connection.outbox else 0))
 
@@ -313,7 +339,9 @@ class FrameServer:
 
     def _accept(self, listener: socket.socket) -> None:
         with contextlib.suppress(BlockingIOError, ConnectionError):
-            self._handshakes.submit(self._greet, accepted(listener))
+            sock = accepted(listener)
+            self._greeting.add(sock)
+            self._handshakes.submit(self._greet, sock)
 
     def _greet(self, sock: socket.socket) -> None:
         try:
@@ -322,9 +350,11 @@ class FrameServer:
             sock.setblocking(False)
         except (OSError, WireError) as error:
             log.warning("connection refused: %s", error)
+            self._greeting.discard(sock)
             sock.close()
             return
         self._fresh.append(sock)
+        self._greeting.discard(sock)
         os.eventfd_write(self._wake, 1)
 
     def _admit(self) -> None:

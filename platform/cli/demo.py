@@ -60,11 +60,11 @@ def _loads_by_shard(client: Client, before: list[list[int]]) -> Table:
             for expert in held:
                 copies[layer, expert] = copies.get((layer, expert), 0) + 1
     for shard in status.shards:
-        held = [(layer, e) for layer, slots in enumerate(placement.slots[shard.index]) for e in slots if e >= 0]
-        taken = sum(tokens[layer][e] / copies[layer, e] for layer, e in held)
-        layer, expert = max(held, key=lambda where: tokens[where[0]][where[1]])
+        mine = [(layer, e) for layer, slots in enumerate(placement.slots[shard.index]) for e in slots if e >= 0]
+        taken = sum(tokens[layer][e] / copies[layer, e] for layer, e in mine)
+        layer, expert = max(mine, key=lambda where: tokens[where[0]][where[1]])
         hottest = f"layer {placement.layers[layer]}, expert {expert}: {tokens[layer][expert]}"
-        table.add_row(shard.shard, str(len(held)), f"{taken:.0f}", f"{taken / total:.0%}", hottest)
+        table.add_row(shard.shard, str(len(mine)), f"{taken:.0f}", f"{taken / total:.0%}", hottest)
     return table
 
 

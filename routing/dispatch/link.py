@@ -14,7 +14,16 @@ import numpy as np
 import torch
 
 from expertmesh.errors import WireError
-from expertmesh.routing.wire import HEADER_BYTES, Header, Kind, Limits, parse_combine, parse_error, parse_header
+from expertmesh.routing.wire import (
+    DTYPES,
+    HEADER_BYTES,
+    Header,
+    Kind,
+    Limits,
+    parse_combine,
+    parse_error,
+    parse_header,
+)
 from expertmesh.routing.wire.frame import Buffer
 
 _INITIAL_BUFFER_BYTES = 1 << 20
@@ -40,6 +49,8 @@ class Request:
     """Length of the answer's body."""
     deadline: float
     """`time.monotonic()` at which it is given up."""
+    dtype: torch.dtype
+    """Of the rows, there and back."""
 
 
 class Refused(Exception):
@@ -165,9 +176,16 @@ class Link:
         if header.kind is Kind.ERROR:
             message = parse_error(header, body)
         elif request is not None:
-            if header.kind is not Kind.COMBINE or header.rows != request.rows or len(body) != request.body_bytes:
+            if (
+                header.kind is not Kind.COMBINE
+                or header.rows != request.rows
+                or len(body) != request.body_bytes
+                or DTYPES[header.dtype] is not request.dtype
+            ):
                 raise WireError(f"shard {self.shard} answered frame {header.frame} with {header}")
             y = parse_combine(header, body)
+        if request is not None:
+            self.waiting.remove(request)
         rest = self._have - need
         if rest:  # the frame was shorter than the awaited one: the next one has begun behind it
             y = None if y is None else y.clone()
@@ -182,7 +200,6 @@ class Link:
     def _matching(self, frame: int) -> Request | None:
         for request in self.waiting:
             if request.frame == frame:
-                self.waiting.remove(request)
                 return request
         return None
 

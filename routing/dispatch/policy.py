@@ -27,6 +27,8 @@ def least_loaded(
     Equal shards are taken in turn, by expert id, so that the choice is reproducible and no copy stays cold.
     Returns the chosen target of each expert [E]; -1 where it has no token or no copy is up.
     """
+    if not len(up):  # a table without a shard
+        return np.full(len(counts), -1, dtype=np.int32)
     if copies.shape[1] == 1:
         chosen = copies[:, 0].copy()
         chosen[(counts == 0) | (chosen < 0) | ~up[chosen]] = -1

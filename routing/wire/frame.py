@@ -47,7 +47,7 @@ HEADER_BYTES = _HEADER.size
 DTYPES: dict[int, torch.dtype] = {1: torch.float32, 2: torch.bfloat16, 3: torch.float16}
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
 _ITEM_BYTES = {1: 4, 2: 2, 3: 2}
-_PAIR_BYTES = 12
+PAIR_BYTES = 12
 MAX_MESSAGE_BYTES = 4096
 
 Buffer = bytes | bytearray | memoryview
@@ -94,7 +94,7 @@ class Header:
         if self.kind is Kind.ERROR:
             return self.rows
         tensor = self.rows * self.width * _ITEM_BYTES[self.dtype]
-        return tensor + self.pairs * _PAIR_BYTES if self.kind is Kind.DISPATCH else tensor
+        return tensor + self.pairs * PAIR_BYTES if self.kind is Kind.DISPATCH else tensor
 
     def pack(self) -> bytes:
         """The 48 bytes of this header."""

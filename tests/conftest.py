@@ -1,0 +1,52 @@
+"""Parts that are slow to start and shared by the whole run: checkpoints and one mesh of the demo model."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from expertmesh.platform.checkpoints.source import model_folder
+from expertmesh.platform.config import load_config
+
+if TYPE_CHECKING:
+    from expertmesh.deployments.local import LocalMesh
+
+
+def free_port() -> int:
+    """A TCP port of loopback that nobody listens on now."""
+    with socket.create_server(("127.0.0.1", 0)) as sock:
+        return int(sock.getsockname()[1])
+
+
+@pytest.fixture(scope="session")
+def family(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Writes a tiny checkpoint of a family, once a run."""
+    from benchmarks.checkpoints import write_family
+
+    folder = tmp_path_factory.mktemp("families")
+
+    def written(name: str) -> Path:
+        target = folder / name
+        return target if target.exists() else write_family(name, target)
+
+    return written
+
+
+@pytest.fixture(scope="session")
+def demo_folder() -> Path:
+    """The demo model's checkpoint; built (minutes) where the cache doesn't have it."""
+    return model_folder(load_config("demo").model)
+
+
+@pytest.fixture(scope="session")
+def demo_mesh(demo_folder: Path) -> Iterator[LocalMesh]:
+    """The demo model on one attention replica and two shards, each expert on one of them."""
+    from expertmesh.deployments.local import LocalMesh
+
+    settings = {"model": "demo", "ingress": {"port": free_port()}, "attention": {"kv_cache_gib": 0.5}}
+    with LocalMesh(load_config(settings)) as mesh:
+        yield mesh

@@ -1,0 +1,38 @@
+"""An ExpertBank in a process of its own, where vLLM may set up what it likes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from benchmarks.bare import engine_environment
+from expertmesh.routing.placement.static import IntArray
+from expertmesh.routing.wire.frame import DispatchBody
+
+Tensors = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+class BankHost:
+    """To be run by a benchmarks.bare.Worker."""
+
+    def __init__(self, folder: Path, slots: IntArray) -> None:
+        engine_environment(1)
+        from expertmesh.deployments.experts.bank import ExpertBank
+        from expertmesh.platform.checkpoints import expert_layout, open_checkpoint
+
+        self._checkpoint = open_checkpoint(folder)
+        self._bank = ExpertBank(self._checkpoint, expert_layout(self._checkpoint), slots, "float32")
+
+    def facts(self) -> tuple[int, str, int]:
+        """Width, dtype, tensor bytes read."""
+        return self._bank.width, self._bank.dtype, self._checkpoint.bytes_read
+
+    def compute(self, layer: int, body: Tensors) -> torch.Tensor:
+        """y [R, H] for x [R, H], experts, rows, weights [P]."""
+        with torch.inference_mode():
+            return self._bank.compute(layer, DispatchBody(*body)).clone()
+
+    def close(self) -> None:
+        """Leaves vLLM's context."""
+        self._bank.close()

@@ -1,0 +1,54 @@
+"""The shard's kernel, vLLM's own modules with a lease's weights, against plain torch arithmetic."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks.bare import Worker
+from expertmesh.platform.checkpoints import expert_layout, open_checkpoint
+from tests.engine.bank_host import BankHost
+from tests.engine.reference import combined
+
+pytestmark = pytest.mark.engine
+
+
+@pytest.mark.parametrize("name", ["qwen2_moe", "gpt_oss", "mixtral"])
+def test_a_bank_computes_its_lease_and_nothing_else(family: Callable[[str], Path], name: str) -> None:
+    folder = family(name)
+    checkpoint = open_checkpoint(folder)
+    layout = expert_layout(checkpoint)
+    hidden = int(checkpoint.config["hidden_size"])
+    # Slots in no order, one of them empty, different ones in each layer.
+    slots = np.array([[(5 + i) % layout.num_experts, -1, (2 * i) % 3, 3] for i in range(len(layout.layers))], np.int32)
+    with Worker(BankHost, folder, slots) as host:
+        width, dtype, read = host.ask("facts")
+        assert (width, dtype) == (hidden, "float32")
+        leased = [(layer, e) for layer, held in zip(layout.layers, slots.tolist(), strict=True) for e in held if e >= 0]
+        wanted = sum(layout.expert_bytes(layer, expert) for layer, expert in leased)
+        # An empty slot of a fused tensor is filled with one more row.
+        spare = sum(layout.expert_bytes(layer, 0) for layer in layout.layers) if layout.fused else 0
+        assert wanted <= read <= wanted + spare
+        generator = torch.Generator().manual_seed(3)
+        for i, layer in enumerate(layout.layers):
+            held = torch.tensor([e for e in slots[i].tolist() if e >= 0], dtype=torch.int32)
+            x = torch.randn(6, hidden, generator=generator)
+            uneven = torch.tensor([0, 0, 0, 1, 2, 2, 4, 5, 5], dtype=torch.int32)
+            even = torch.arange(6, dtype=torch.int32).repeat_interleave(2)
+            for rows in (uneven, even):
+                experts = held[torch.arange(len(rows)) % 3]
+                weights = torch.rand(len(rows), generator=generator)
+                y = host.ask("compute", layer, (x, experts, rows, weights))
+                reference = combined(folder, layer, x, experts, rows, weights)
+                torch.testing.assert_close(y, reference, rtol=1e-4, atol=1e-5 * float(reference.abs().max()))
+                assert torch.equal(y[3], torch.zeros(hidden)) == (rows is uneven)
+        missing = next(e for e in range(layout.num_experts) if e not in slots[0])
+        pair = (torch.randn(1, hidden), torch.tensor([missing], dtype=torch.int32), torch.zeros(1, dtype=torch.int32))
+        with pytest.raises(RuntimeError, match=rf"NotHeld: experts \[{missing}\] of layer {layout.layers[0]}"):
+            host.ask("compute", layout.layers[0], (*pair, torch.ones(1)))
+        with pytest.raises(RuntimeError, match="NotHeld: layer 99"):
+            host.ask("compute", 99, (*pair, torch.ones(1)))
