@@ -25,7 +25,6 @@ from typing import Any
 from benchmarks.bare import Answer, BareMesh, EngineHost, ShardHost, Worker, engine_arguments
 from benchmarks.checkpoints import FAMILIES, write_family, write_swapped_experts
 from benchmarks.served import served_answers
-from expertmesh.deployments.local import LocalMesh
 from expertmesh.platform.checkpoints.source import model_folder
 from expertmesh.platform.config import load_config
 
@@ -97,6 +96,8 @@ def moe_family(name: str, folder: Path, scratch: Path) -> dict[str, Any]:
 
 def dense_family(folder: Path) -> dict[str, Any]:
     """Compares a dense model served colocated, over HTTP, with a monolithic engine."""
+    from expertmesh.deployments.local import LocalMesh
+
     prompts = prompts_for(vocabulary_of(folder))
     with Worker(EngineHost, engine_arguments(folder), 1) as mono:
         mono.post("generate", prompts, TOKENS)

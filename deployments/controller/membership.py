@@ -14,6 +14,7 @@ from expertmesh.routing.placement.static import IntArray
 
 Clock = Callable[[], float]
 """Seconds on a clock that never goes back."""
+_MAX_AWAY = 64
 
 
 @dataclass(slots=True)
@@ -55,10 +56,12 @@ class Membership:
         self._timeout_s = timeout_s
         self._clock = clock
         self._retired_loads = np.zeros((len(layers), num_experts), dtype=np.int64)
+        self._away: dict[str, np.ndarray[Any, np.dtype[np.int64]]] = {}
+        """Loads of attention replicas that were dropped: those that come back report them again."""
 
     def join(self, request: JoinRequest) -> Lease | None:
         """A lease, the same again for a shard that has one; None while every index is taken."""
-        self.epoch = max(self.epoch, request.seen_epoch)
+        self._exceed(request.seen_epoch)
         member = self.shards.get(request.shard)
         if member is None:
             taken = {m.index for m in self.shards.values()}
@@ -90,7 +93,8 @@ class Membership:
 
     def report(self, report: AttentionReport) -> None:
         """Takes an attention replica's report."""
-        self.epoch = max(self.epoch, report.epoch)
+        self._exceed(report.epoch)
+        self._away.pop(report.replica, None)
         self.attention[report.replica] = AttentionMember(report, self._clock())
 
     def expire(self) -> list[str]:
@@ -103,7 +107,9 @@ class Membership:
         for replica in replicas:
             loads = self.attention.pop(replica).report.loads
             if loads is not None:
-                self._retired_loads += loads
+                self._away[replica] = loads
+        while len(self._away) > _MAX_AWAY:  # the longest away do not come back
+            self._retired_loads += self._away.pop(next(iter(self._away)))
         return shards + replicas
 
     def table(self) -> RoutingTable:
@@ -114,7 +120,14 @@ class Membership:
     def loads(self) -> np.ndarray[Any, np.dtype[np.int64]]:
         """Tokens dispatched to each expert since the controller started: [layers, experts]."""
         total = self._retired_loads.copy()
+        for loads in self._away.values():
+            total += loads
         for member in self.attention.values():
             if member.report.loads is not None:
                 total += member.report.loads
         return total
+
+    def _exceed(self, seen: int) -> None:
+        """Goes above an epoch that a controller before this one gave out: its table of that epoch was another."""
+        if seen > self.epoch:
+            self.epoch = seen + 1

@@ -180,9 +180,9 @@ class Dispatcher:
         chosen = self._choose(table, index, counts, failed)[experts]
         unplaced: list[np.ndarray[Any, np.dtype[np.int64]]] = []
         refused: dict[int, np.ndarray[Any, np.dtype[np.int64]]] = {}
-        used = np.flatnonzero(np.bincount(chosen + 1, minlength=len(table.targets) + 1)) - 1
+        used = np.bincount(chosen + 1).nonzero()[0] - 1
         for position in used.tolist():
-            at = np.flatnonzero(chosen == position) if len(used) > 1 else np.arange(len(chosen))
+            at = (chosen == position).nonzero()[0] if len(used) > 1 else np.arange(len(chosen))
             pairs = at if todo is None else todo[at]
             if position < 0:
                 unplaced.append(pairs)
@@ -219,7 +219,7 @@ class Dispatcher:
         link = self._link(target, step.x)
         if link is None:
             return False
-        x = step.x if everything else step.x[torch.from_numpy(token_rows)]
+        x = step.x if everything else step.x.index_select(0, torch.from_numpy(token_rows))
         budget = self._settings.frame_deadline_s
         request = Request(
             next_frame_id(),

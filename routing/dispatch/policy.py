@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from math import inf
 from typing import Any
 
 import numpy as np
@@ -36,16 +37,18 @@ def least_loaded(
     chosen = np.full(len(counts), -1, dtype=np.int32)
     active = np.flatnonzero(counts)
     order = active[np.argsort(-counts[active], kind="stable")]
-    load = [0] * len(up)
-    usable = up.tolist()
+    load = [0.0 if answers else inf for answers in up.tolist()]
+    load.append(inf)  # what the padding -1 finds
+    picks: list[int] = []
     for expert, count, targets in zip(order.tolist(), counts[order].tolist(), copies[order].tolist(), strict=True):
-        candidates = [t for t in targets if t >= 0 and usable[t]]
-        if not candidates:
-            continue
-        turn = expert % len(candidates)
-        best = min(candidates[turn:] + candidates[:turn], key=load.__getitem__)
-        load[best] += count + EXPERT_COST_ROWS
-        chosen[expert] = best
+        turn = expert % len(targets)
+        best, least = -1, inf
+        for target in targets[turn:] + targets[:turn] if turn else targets:
+            if load[target] < least:
+                best, least = target, load[target]
+        load[best] = least + count + EXPERT_COST_ROWS
+        picks.append(best)
+    chosen[order] = picks
     return chosen
 
 

@@ -17,7 +17,6 @@ import sys
 import threading
 import time
 import uuid
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -27,16 +26,13 @@ from typing import Any
 import numpy as np
 import torch
 
+from expertmesh.deployments.experts.server import FrameServer, Kernel, NotHeld
 from expertmesh.routing.dispatch import Dispatcher, DispatchSettings, LoadCounters, StaticTable, TableSource
 from expertmesh.routing.placement import RoutingTable, Target, build_table, even_slots
 from expertmesh.routing.transport import Address, Peer, listen
 from expertmesh.routing.transport.auth import receive_exactly
 from expertmesh.routing.wire import HEADER_BYTES, Header, Limits, dispatch_parts, parse_header
 from expertmesh.routing.wire.frame import DispatchBody
-
-with warnings.catch_warnings():  # the deployments bring Ray Serve, whose own pydantic fields warn
-    warnings.simplefilter("ignore")
-    from expertmesh.deployments.experts.server import FrameServer, Kernel, NotHeld
 
 SECRET = b"correct horse battery staple"
 REVISION = "rev-1"
