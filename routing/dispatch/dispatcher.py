@@ -78,6 +78,8 @@ class _Step:
     top_k: int
     answers: list[tuple[int, Request, torch.Tensor]]
     """(frame id, request, y); ids grow in the order of the table's shards"""
+    lost: list[Request] = field(default_factory=list)
+    """Frames in flight on a link that broke when another one was to follow."""
     counted: bool = False
     """Whether its tokens are in the load counters."""
     wave: int = 0
@@ -243,7 +245,7 @@ class Dispatcher:
         try:
             link.send(parts, request)
         except WireError as error:
-            self._drop(link, str(error))
+            step.lost += [other for other in self._drop(link, str(error)) if other is not request]
             return False
         if link.has_output:
             self._poll.modify(link, select.POLLIN | select.POLLOUT)
@@ -321,7 +323,7 @@ class Dispatcher:
 
     def _collect(self, step: _Step) -> list[Request]:
         """Waits until every frame in flight is answered or lost; the lost ones."""
-        lost: list[Request] = []
+        lost, step.lost = step.lost, []
         while True:
             deadlines = [link.waiting[0].deadline for link in self._links.values() if link.waiting]
             if not deadlines:
@@ -363,6 +365,7 @@ class Dispatcher:
 
     def _combine(self, step: _Step) -> torch.Tensor:
         answers = sorted(step.answers, key=lambda answer: answer[0])
+        assert sum(len(request.pairs) for _, request, _ in answers) == len(step.experts), "a pair was lost or doubled"
         whole = [y for _, request, y in answers if request.token_rows is None]
         if len(whole) == len(answers) == 2:
             return torch.add(whole[0], whole[1])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import select
 import signal
 import socket
@@ -29,7 +30,7 @@ from expertmesh.routing.dispatch import (
     TableFile,
     create_policy,
 )
-from expertmesh.routing.dispatch.link import Link, Request, next_frame_id
+from expertmesh.routing.dispatch.link import Link, Refused, Request, next_frame_id
 from expertmesh.routing.dispatch.policy import EXPERT_COST_ROWS, least_loaded
 from expertmesh.routing.placement import RoutingTable, Target, build_table, even_slots
 from expertmesh.routing.transport import Address, Peer, challenge, connect, listen
@@ -332,7 +333,8 @@ def test_frames_larger_than_any_buffer_both_ways_at_once(scaler: RunningServer) 
         link.send(parts, request)
         requests.append(request)
     assert link.has_output, "nothing was left to send: the frames are too small for this test"
-    poll, answers = select.poll(), []
+    poll = select.poll()
+    answers: list[tuple[int, torch.Tensor]] = []
     while len(answers) < 3:
         poll.register(link, select.POLLIN | (select.POLLOUT if link.has_output else 0))
         for _, event in poll.poll(20_000) or pytest.fail("stuck"):
@@ -451,6 +453,47 @@ def test_a_shard_that_hangs_is_given_up_at_the_deadline(make_mesh: MakeMesh, loa
     check(mesh, dispatcher, 51, 8)
     assert time.monotonic() - begin < 0.19, "a shard that hung a moment ago was asked again"
     assert loads.as_dict() == {"dispatches": 3, "retries": 1, "waits": 0}
+
+
+def test_a_shard_that_hung_is_left_alone_for_longer_while_others_answer(
+    make_mesh: MakeMesh, loads: LoadCounters
+) -> None:
+    mesh = make_mesh(2, 2)
+    dispatcher = mesh.dispatcher(loads=loads, frame_deadline_s=0.4)
+    mesh.kernel(0).gate.clear()
+    check(mesh, dispatcher, 50, 8)
+    mesh.kernel(0).gate.set()
+    hung = mesh.servers[0].shard
+    frames = mesh.servers[0].server.stats.frames
+
+    def pass_time(seconds: float) -> None:
+        failure = dispatcher._down[hung]
+        dispatcher._down[hung] = dataclasses.replace(failure, at=failure.at - seconds)
+
+    pass_time(0.3)
+    check(mesh, dispatcher, 50, 8)
+    assert hung not in dispatcher._links
+    mesh.servers[1].stop()
+    check(mesh, dispatcher, 50, 8)  # rather that one than none
+    assert loads.as_dict()["waits"] == 0
+    assert hung in dispatcher._links
+    assert mesh.servers[0].server.stats.frames > frames
+
+
+def test_shards_that_let_connect_and_say_nothing() -> None:
+    """Each attempt takes longer than a shard is left alone: the step must end all the same."""
+    with ExitStack() as stack:
+        targets = []
+        for _ in range(2):
+            listener, address = listen(Address("unix", f"test-silent-{next_frame_id()}"))
+            stack.enter_context(listener)
+            targets.append(Target(address.name, NODE, (str(address),)))
+        waits = {"connect_timeout_s": 0.3, "unavailable_timeout_s": 0.5}
+        dispatcher = stack.enter_context(dispatching(*targets, **waits))
+        begin = time.monotonic()
+        with pytest.raises(Unavailable, match="broke off the handshake: timed out"):
+            dispatcher(LAYER, *batch(3, 8))
+        assert time.monotonic() - begin < 3
 
 
 def test_a_shard_that_answers_an_error_is_passed_over(make_mesh: MakeMesh) -> None:
@@ -724,6 +767,33 @@ def test_an_answer_that_does_not_fit_is_never_added(kind: str) -> None:
         honest.stop()
 
 
+def test_a_shard_that_breaks_off_between_two_frames_of_one_step() -> None:
+    """It has one frame, is to get another's too, and goes in between: neither may be forgotten."""
+    experts = ReferenceExperts()
+    honest = RunningServer(TorchKernel(experts, {layer: set(range(EXPERTS)) for layer in LAYERS}))
+    x, weights, ids = batch(20, 8)
+    gone = threading.Event()
+
+    def go(header: Header, sock: socket.socket) -> None:
+        sock.shutdown(socket.SHUT_RDWR)
+        gone.set()
+
+    silent, address = listen(Address("unix", f"test-silent-{next_frame_id()}"))  # the step stays there for 0.3 s
+    try:
+        with (
+            silent,
+            rogue(go) as first,
+            dispatching(
+                first, Target("silent", NODE, (str(address),)), honest.target, connect_timeout_s=0.3
+            ) as dispatcher,
+        ):
+            y = dispatcher(LAYER, x, weights, ids)
+            assert gone.is_set()
+            assert torch.equal(y, experts.dense(LAYER, x, weights, ids))
+    finally:
+        honest.stop()
+
+
 def test_answers_to_frames_that_nobody_waits_for_are_dropped() -> None:
     """Late answers, small and large, before, between and behind the awaited one."""
 
@@ -749,40 +819,66 @@ def test_a_shard_that_drips_does_not_outlive_its_deadline() -> None:
     def answer(header: Header, sock: socket.socket) -> None:
         for byte in combine(header):
             sock.sendall(bytes([byte]))
-            select.select([], [], [], 0.0005)
+            soon = time.perf_counter() + 2e-4
+            while time.perf_counter() < soon:  # a sleep could take longer and leave the dispatcher a quiet moment
+                pass
 
     try:
         with rogue(answer) as target, dispatching(honest.target, target, frame_deadline_s=0.2) as dispatcher:
             begin = time.monotonic()
             y = dispatcher(LAYER, x, weights, ids)
-            assert time.monotonic() - begin < 2  # 6,448 bytes would take more than 3 s
+            assert time.monotonic() - begin < 2  # 6,448 bytes take 1.3 s at the least, and are wrong
             assert torch.equal(y, experts.dense(LAYER, x, weights, ids))
     finally:
         honest.stop()
 
 
-def test_an_error_and_an_answer_in_one_read() -> None:
-    """The error is shorter than what was waited for, so the next answer is read with it and must not be forgotten."""
-    listener, address = listen(Address("unix", f"test-errors-{next_frame_id()}"))
+@contextmanager
+def linked(*rows: int) -> Iterator[tuple[Link, list[Header], socket.socket]]:
+    """A link with frames of so many rows in flight, their headers, and the shard's end, which answers by hand."""
+    listener, address = listen(Address("unix", f"test-linked-{next_frame_id()}"))
     with listener, ThreadPoolExecutor(1) as pool:
         client = pool.submit(connect, address, SECRET, 5)
         with accepted(listener) as shard:
             challenge(shard, SECRET, Peer("s", REVISION, WIDTH, "float32"))
             link = Link(client.result()[0], "s", Limits())
-            x = torch.ones(9, WIDTH)
             headers = []
-            for _ in range(2):
-                request = Request(next_frame_id(), np.arange(9), None, 9, x.nbytes, time.monotonic() + 9, x.dtype)
-                headers.append(Header(Kind.DISPATCH, 1, LAYER, 9, 9, WIDTH, 1, request.frame))
+            for r in rows:
+                frame, size = next_frame_id(), r * WIDTH * 4
+                request = Request(frame, np.arange(r), None, r, size, time.monotonic() + 9, torch.float32)
+                headers.append(Header(Kind.DISPATCH, 1, LAYER, r, r, WIDTH, 1, frame))
                 link.send([headers[-1].pack()], request)
-            error = Header(Kind.ERROR, 0, LAYER, 4, 1, 0, 1, headers[0].frame).pack() + b"oops"
-            shard.sendall(error + b"".join(bytes(p) for p in combine_parts(headers[1], x, 1)))
-            with pytest.raises(Exception, match="oops") as caught:
-                link.receive()
-            assert getattr(caught.value, "request").frame == headers[0].frame  # noqa: B009
-            assert link.has_input
+            try:
+                yield link, headers, shard
+            finally:
+                assert link.close() == []
+
+
+def test_an_error_and_an_answer_in_one_read() -> None:
+    """The error is shorter than what was waited for, so the next answer is read with it and must not be forgotten."""
+    with linked(9, 9) as (link, (first, second), shard):
+        error = Header(Kind.ERROR, 0, LAYER, 4, 1, 0, 1, first.frame).pack() + b"oops"
+        x = torch.ones(9, WIDTH)
+        shard.sendall(error + b"".join(bytes(part) for part in combine_parts(second, x, 1)))
+        with pytest.raises(Refused, match="oops") as caught:
+            link.receive()
+        assert caught.value.request.frame == first.frame
+        assert link.has_input
+        answered = link.receive()
+        assert answered is not None
+        assert answered[0].frame == second.frame
+        assert torch.equal(answered[1], x)
+
+
+def test_answers_in_another_order_and_in_one_read() -> None:
+    with linked(50, 2, 3) as (link, headers, shard):
+        values = [torch.full((h.rows, WIDTH), float(i + 1)) for i, h in enumerate(headers)]
+        order = (1, 2, 0)
+        shard.sendall(b"".join(bytes(part) for i in order for part in combine_parts(headers[i], values[i], 1)))
+        for i in order:
             answered = link.receive()
             assert answered is not None
-            assert answered[0].frame == headers[1].frame
-            assert torch.equal(answered[1], x)
-            assert link.close() == []
+            request, y = answered
+            assert request.frame == headers[i].frame
+            assert torch.equal(y, values[i])
+        assert not link.has_input
