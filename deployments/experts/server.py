@@ -274,7 +274,7 @@ class FrameServer:
         self._unread = [c for c, _, _ in jobs if c.has_input and c.sock.fileno() in self._connections]
 
     def _take(self, connection: _Connection, jobs: list[_Job]) -> None:
-        def read() -> None:
+        try:
             frame = connection.receive()
             if frame is None:
                 return
@@ -286,8 +286,8 @@ class FrameServer:
                     f"frame of width {header.width}, dtype code {header.dtype}; this shard serves {self._me}"
                 )
             jobs.append((connection, header, parse_dispatch(header, body)))
-
-        self._guard(connection, read)
+        except WireError as error:
+            self._close(connection, error)
 
     def _serve(self, batch: list[_Job]) -> None:
         layer = batch[0][1].layer
@@ -329,11 +329,14 @@ class FrameServer:
         try:
             action()
         except WireError as error:
-            log.debug("connection closed: %s", error)
-            fd = connection.sock.fileno()
-            if self._connections.pop(fd, None) is not None:
-                self._epoll.unregister(fd)
-                connection.sock.close()
+            self._close(connection, error)
+
+    def _close(self, connection: _Connection, why: WireError) -> None:
+        log.debug("connection closed: %s", why)
+        fd = connection.sock.fileno()
+        if self._connections.pop(fd, None) is not None:
+            self._epoll.unregister(fd)
+            connection.sock.close()
 
     # -- connecting ---------------------------------------------------------------------------------------------
 

@@ -1,8 +1,9 @@
 """Sending tokens to experts and adding up what comes back."""
 
-from expertmesh.routing.dispatch.dispatcher import Dispatcher, DispatchSettings
+from expertmesh.routing.dispatch.dispatcher import Dispatcher
 from expertmesh.routing.dispatch.mailbox import LoadCounters, Mailbox, StaticTable, TableFile, TableSource
 from expertmesh.routing.dispatch.policy import POLICIES, Policy, create_policy
+from expertmesh.routing.dispatch.settings import DispatchSettings
 
 __all__ = [
     "POLICIES",

@@ -1,9 +1,11 @@
 """Dispatch and combine for one engine process.
 
 For each MoE layer of each step: count the tokens of each expert, choose a copy for each, send every chosen shard one
-frame with just the rows that it needs, and add up the rows that come back, always in the order of the table's shards,
+frame with just the rows that it needs, and add up the rows that come back, always in the order in which they were sent,
 so that the sum does not depend on who answers first. A shard that goes away, answers with an error or misses the
 deadline loses its pairs to other copies at once; with no copy left the step waits for a newer table.
+
+This runs once a layer and step on the engine's thread: what costs a microsecond here costs one for every layer.
 """
 
 from __future__ import annotations
@@ -19,52 +21,21 @@ import torch
 
 from expertmesh.errors import Unavailable, WireError
 from expertmesh.routing.dispatch.link import Link, Refused, Request, next_frame_id
+from expertmesh.routing.dispatch.links import PATIENCE, Links
 from expertmesh.routing.dispatch.mailbox import LoadCounters, TableSource
 from expertmesh.routing.dispatch.policy import create_policy
-from expertmesh.routing.placement import RoutingTable, Target
+from expertmesh.routing.dispatch.settings import DispatchSettings
+from expertmesh.routing.placement import RoutingTable
 from expertmesh.routing.placement.static import IntArray
-from expertmesh.routing.transport import Address, Peer, connect
-from expertmesh.routing.wire import Limits, dispatch_parts
-from expertmesh.routing.wire.frame import PAIR_BYTES
+from expertmesh.routing.wire import dispatch_parts, dtype_code
+from expertmesh.routing.wire.frame import PAIR_BYTES, combine_prefix
 
-_RETRY_SHARD_S = 0.25
-"""How long a shard that failed is left alone."""
-_PATIENCE = 2.0
-"""How many times as long as the failure took it is left alone while other copies can answer: a node that went dark
-costs a timeout at each attempt, and an attempt at each step would cost more than the shard is worth."""
 _WAIT_POLL_S = 0.005
 """How often a step without a copy looks for a newer table."""
+_CACHED_SHAPES = 256
 
-
-@dataclass(frozen=True, slots=True)
-class DispatchSettings:
-    """How a dispatcher behaves; the fields of the config's `routing` section, in seconds."""
-
-    node: str
-    """Id of this node: shards on it are reached by unix socket."""
-    revision: str
-    """Identity of the checkpoint; a shard that serves another one is refused."""
-    policy: str = "least_loaded"
-    transport: str = "auto"
-    limits: Limits = field(default_factory=Limits)
-    frame_deadline_s: float = 10.0
-    connect_timeout_s: float = 5.0
-    unavailable_timeout_s: float = 60.0
-
-
-@dataclass(frozen=True, slots=True)
-class _Failure:
-    """Why a shard is left alone."""
-
-    at: float
-    """`time.monotonic()`"""
-    cost_s: float
-    """What the failure took."""
-    why: str
-
-    def over(self, now: float, patience: float) -> bool:
-        """Whether the shard may be asked again."""
-        return now - self.at >= max(_RETRY_SHARD_S, patience * self.cost_s)
+Positions = np.ndarray[Any, np.dtype[np.int64]]
+"""Positions of pairs in the flattened [T, k] of a step, ascending."""
 
 
 @dataclass(slots=True)
@@ -73,13 +44,16 @@ class _Step:
 
     layer: int
     x: torch.Tensor
+    """[T, H]"""
     experts: np.ndarray[Any, np.dtype[np.int32]]
     weights: np.ndarray[Any, np.dtype[np.float32]]
+    rows: np.ndarray[Any, np.dtype[np.int32]]
+    """Token of each pair."""
     top_k: int
-    answers: list[tuple[int, Request, torch.Tensor]]
+    answers: list[tuple[int, Request, torch.Tensor]] = field(default_factory=list)
     """(frame id, request, y); ids grow in the order of the table's shards"""
     lost: list[Request] = field(default_factory=list)
-    """Frames in flight on a link that broke when another one was to follow."""
+    """Requests in flight on a link that broke while more was sent on it."""
     counted: bool = False
     """Whether its tokens are in the load counters."""
     wave: int = 0
@@ -93,14 +67,11 @@ class Dispatcher:
         self, tables: TableSource, secret: bytes, settings: DispatchSettings, loads: LoadCounters | None = None
     ) -> None:
         self._tables = tables
-        self._secret = secret
         self._settings = settings
         self._policy = create_policy(settings.policy)
         self._loads = loads
-        self._links: dict[str, Link] = {}
-        self._by_fd: dict[int, Link] = {}
-        self._poll = select.poll()
-        self._down: dict[str, _Failure] = {}
+        self._links = Links(secret, settings)
+        self._rows_of: dict[tuple[int, int], np.ndarray[Any, np.dtype[np.int32]]] = {}
 
     def __call__(self, layer: int, x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
         """The routed experts' output of one layer: [T, H], a fresh tensor in x's dtype and on x's device.
@@ -108,33 +79,26 @@ class Dispatcher:
         x: [T, H]; weights, ids: [T, k], router weights and the model's expert ids. Raises Unavailable if an expert
         has no shard for longer than the configured wait, WireError if the table does not know the layer.
         """
-        if x.shape[0] == 0:
+        tokens, top_k = ids.shape
+        if not tokens:
             return torch.empty_like(x)
         host = x.detach().contiguous().cpu()
-        experts = ids.detach().to("cpu", torch.int32).contiguous().numpy().reshape(-1)
-        step = _Step(
-            layer,
-            host,
-            experts,
-            weights.detach().to("cpu", torch.float32).contiguous().numpy().reshape(-1),
-            ids.shape[1],
-            [],
-        )
+        experts, router = _flat(ids, torch.int32), _flat(weights, torch.float32)
+        step = _Step(layer, host, experts, router, self._token_of_pairs(tokens, top_k), top_k)
         try:
             self._run(step)
         except BaseException:
-            self._abandon()
+            self._links.abandon()
             raise
-        return self._combine(step).to(x.device)
+        return _combined(step).to(x.device)
 
     def close(self) -> None:
         """Closes every connection."""
-        for link in list(self._links.values()):
-            self._drop(link, "closed")
+        self._links.close()
 
     def _run(self, step: _Step) -> None:
         """Sends and collects until every pair is answered."""
-        todo: np.ndarray[Any, np.dtype[np.int64]] | None = None
+        todo: Positions | None = None
         give_up = 0.0
         while True:
             table = self._tables.current()
@@ -159,19 +123,12 @@ class Dispatcher:
     # -- sending ------------------------------------------------------------------------------------------------
 
     def _send(
-        self,
-        step: _Step,
-        table: RoutingTable,
-        todo: np.ndarray[Any, np.dtype[np.int64]] | None,
-        failed: Sequence[int] = (),
-    ) -> np.ndarray[Any, np.dtype[np.int64]] | None:
+        self, step: _Step, table: RoutingTable, todo: Positions | None, failed: Sequence[int] = ()
+    ) -> Positions | None:
         """Sends the pairs `todo` (None: all), not to the targets `failed`; the pairs for which none is up, or None."""
-        try:
-            index = table.layer_index[step.layer]
-        except KeyError:
-            raise WireError(
-                f"layer {step.layer} has no routed experts in the placement; it knows {table.layers}"
-            ) from None
+        index = table.layer_index.get(step.layer)
+        if index is None:
+            raise WireError(f"layer {step.layer} has no routed experts in the placement; it knows {table.layers}")
         experts = step.experts if todo is None else step.experts[todo]
         counts = np.bincount(experts, minlength=table.num_experts)
         if not step.counted:
@@ -180,10 +137,10 @@ class Dispatcher:
             if self._loads is not None:
                 self._loads.tokens[index] += counts
         chosen = self._choose(table, index, counts, failed)[experts]
-        unplaced: list[np.ndarray[Any, np.dtype[np.int64]]] = []
-        refused: dict[int, np.ndarray[Any, np.dtype[np.int64]]] = {}
-        used = np.bincount(chosen + 1).nonzero()[0] - 1
-        for position in used.tolist():
+        unplaced: list[Positions] = []
+        refused: dict[int, Positions] = {}
+        used = (np.bincount(chosen + 1).nonzero()[0] - 1).tolist()
+        for position in used:
             at = (chosen == position).nonzero()[0] if len(used) > 1 else np.arange(len(chosen))
             pairs = at if todo is None else todo[at]
             if position < 0:
@@ -201,54 +158,61 @@ class Dispatcher:
         self, table: RoutingTable, index: int, counts: np.ndarray[Any, np.dtype[np.int64]], failed: Sequence[int]
     ) -> IntArray:
         """The target of each expert with tokens, -1 if none can be asked: [E]."""
-        chosen = self._policy(counts, table.copies[index], self._up(table, failed, _PATIENCE))
-        if self._down and (chosen[counts > 0] < 0).any():  # rather one that failed a while ago than none
-            chosen = self._policy(counts, table.copies[index], self._up(table, failed, 0.0))
+        copies = table.copies[index]
+        if copies.shape[1] == 1 and not self._links.down:  # nothing to choose
+            return copies[:, 0]
+        chosen = self._policy(counts, copies, self._links.up(table, failed, PATIENCE))
+        if self._links.down and (chosen[counts > 0] < 0).any():  # rather one that failed a while ago than none
+            chosen = self._policy(counts, copies, self._links.up(table, failed, 0.0))
         return chosen
 
-    def _send_frame(
-        self, step: _Step, table: RoutingTable, position: int, pairs: np.ndarray[Any, np.dtype[np.int64]]
-    ) -> bool:
+    def _send_frame(self, step: _Step, table: RoutingTable, position: int, pairs: Positions) -> bool:
         """Sends one shard its pairs; False if it can't be reached. Raises WireError if a frame can't hold them."""
-        rows = pairs // step.top_k
-        first = np.empty(len(rows), dtype=bool)
-        first[0] = True
-        np.not_equal(rows[1:], rows[:-1], out=first[1:])
-        token_rows = rows[first]
-        everything = len(token_rows) == step.x.shape[0]
-        self._check_size(len(token_rows), step)
-        target = table.targets[position]
-        link = self._link(target, step.x)
+        tokens, width = step.x.shape
+        rows = step.rows[pairs]
+        count, token_rows, x = tokens, None, step.x
+        if tokens > 1:
+            first = np.empty(len(rows), dtype=bool)
+            first[0] = True
+            np.not_equal(rows[1:], rows[:-1], out=first[1:])
+            count = int(np.count_nonzero(first))
+        self._check_size(count, step)
+        link = self._links.get(table.targets[position], x)
         if link is None:
             return False
-        x = step.x if everything else step.x.index_select(0, torch.from_numpy(token_rows))
-        budget = self._settings.frame_deadline_s
+        if count != tokens:
+            token_rows = rows[first].astype(np.int64)
+            x = x.index_select(0, torch.from_numpy(token_rows))
+            rows = np.cumsum(first, dtype=np.int32) - np.int32(1)
+        frame = next_frame_id()
+        seconds = self._settings.frame_deadline_s
         request = Request(
-            next_frame_id(),
+            frame,
             pairs,
-            None if everything else token_rows,
-            len(token_rows),
+            token_rows,
+            count,
             x.nbytes,
-            time.monotonic() + budget,
+            time.monotonic() + seconds,
             x.dtype,
+            combine_prefix(dtype_code(x.dtype), step.layer, count, width),
         )
         parts = dispatch_parts(
             x,
             step.experts[pairs],
-            (np.cumsum(first, dtype=np.int32) - 1).astype(np.int32, copy=False),
+            rows,
             step.weights[pairs],
             layer=step.layer,
             epoch=table.epoch,
-            frame=request.frame,
-            budget_ms=int(budget * 1000),
+            frame=frame,
+            budget_ms=int(seconds * 1000),
         )
         try:
             link.send(parts, request)
         except WireError as error:
-            step.lost += [other for other in self._drop(link, str(error)) if other is not request]
+            step.lost += [other for other in self._links.drop(link, str(error)) if other is not request]
             return False
         if link.has_output:
-            self._poll.modify(link, select.POLLIN | select.POLLOUT)
+            self._links.watch_output(link)
         return True
 
     def _check_size(self, rows: int, step: _Step) -> None:
@@ -262,96 +226,32 @@ class Dispatcher:
                 f"{rows} rows of width {width} for one shard; allowed: {limits.max_bytes} bytes (routing.max_frame_mib)"
             )
 
-    def _up(self, table: RoutingTable, failed: Sequence[int], patience: float) -> np.ndarray[Any, np.dtype[np.bool_]]:
-        """Which targets may be asked now: [S]."""
-        up = np.ones(len(table.targets), dtype=bool)
-        if self._down:
-            now = time.monotonic()
-            over = {shard for shard, failure in self._down.items() if failure.over(now, patience)}
-            for position, target in enumerate(table.targets):
-                up[position] = position not in failed and (target.shard not in self._down or target.shard in over)
-            if patience:
-                self._down = {shard: failure for shard, failure in self._down.items() if shard not in over}
-        return up
-
-    def _link(self, target: Target, x: torch.Tensor) -> Link | None:
-        link = self._links.get(target.shard)
-        if link is not None:
-            return link
-        begin = time.monotonic()
-        try:
-            sock, peer = connect(self._address(target), self._secret, self._settings.connect_timeout_s)
-            try:
-                self._check(peer, target, x)
-            except WireError:
-                sock.close()
-                raise
-        except WireError as error:
-            self._mark_down(target.shard, str(error), time.monotonic() - begin)
-            return None
-        link = Link(sock, target.shard, self._settings.limits)
-        self._links[target.shard] = link
-        self._by_fd[link.fileno()] = link
-        self._poll.register(link, select.POLLIN)
-        return link
-
-    def _check(self, peer: Peer, target: Target, x: torch.Tensor) -> None:
-        """Raises WireError if the shard is not who it should be or doesn't take rows like x."""
-        if peer.shard != target.shard or peer.revision != self._settings.revision:
-            raise WireError(
-                f"shard {peer.shard} with checkpoint {peer.revision} answers where {target.shard} "
-                f"with {self._settings.revision} should be"
-            )
-        dtype = str(x.dtype).removeprefix("torch.")
-        if peer.width != x.shape[1] or peer.dtype != dtype:
-            raise WireError(
-                f"shard {peer.shard} takes rows of width {peer.width} in {peer.dtype}; "
-                f"the engine sends width {x.shape[1]} in {dtype}"
-            )
-
-    def _address(self, target: Target) -> Address:
-        addresses = [Address.parse(text) for text in target.addresses]
-        local = target.node == self._settings.node
-        wanted = self._settings.transport
-        for family in ("unix", "tcp") if local else ("tcp",):
-            for address in addresses:
-                if address.family == family and wanted in ("auto", family):
-                    return address
-        raise WireError(f"no way to shard {target.shard} by transport {wanted!r}: it listens at {target.addresses}")
-
     # -- collecting ---------------------------------------------------------------------------------------------
 
     def _collect(self, step: _Step) -> list[Request]:
         """Waits until every frame in flight is answered or lost; the lost ones."""
         lost, step.lost = step.lost, []
-        while True:
-            deadlines = [link.waiting[0].deadline for link in self._links.values() if link.waiting]
-            if not deadlines:
-                return lost
-            left = min(deadlines) - time.monotonic()
-            events = self._poll.poll(max(0.0, left) * 1000 + 1)
-            for fd, event in events:
-                link = self._by_fd.get(fd)
-                if link is not None:
-                    self._serve(step, link, event, lost)
-            if left <= 0 or not events:  # also while bytes keep coming: the deadline is for the whole answer
-                for link in list(self._links.values()):
-                    if link.overdue():
-                        seconds = self._settings.frame_deadline_s
-                        lost += self._drop(link, f"shard {link.shard} did not answer in {seconds:g} s", seconds)
+        links = self._links.by_shard
+        while deadlines := [link.waiting[0].deadline for link in links.values() if link.waiting]:
+            deadline = min(deadlines)
+            for link, event in self._links.wait(deadline):
+                self._serve(step, link, event, lost)
+            # Also while bytes keep coming: the deadline is for the whole answer.
+            if time.monotonic() > deadline:
+                lost += self._links.drop_overdue(self._settings.frame_deadline_s)
+        return lost
 
     def _serve(self, step: _Step, link: Link, event: int, lost: list[Request]) -> None:
         try:
             if event & select.POLLOUT:
                 link.flush()
-                if not link.has_output:
-                    self._poll.modify(link, select.POLLIN)
+                self._links.watch_output(link)
             more = bool(event & ~select.POLLOUT)
             while more:
                 try:
                     answered = link.receive()
                 except Refused as refusal:
-                    self._mark_down(link.shard, f"shard {link.shard}: {refusal}")
+                    self._links.mark_down(link.shard, f"shard {link.shard}: {refusal}")
                     lost.append(refusal.request)
                 else:
                     if answered is None:
@@ -361,49 +261,48 @@ class Dispatcher:
                     step.answers.append((request.frame, request, y.clone() if step.wave or link.waiting else y))
                 more = link.has_input
         except WireError as error:
-            lost += self._drop(link, str(error))
+            lost += self._links.drop(link, str(error))
 
-    def _combine(self, step: _Step) -> torch.Tensor:
-        answers = sorted(step.answers, key=lambda answer: answer[0])
-        assert sum(len(request.pairs) for _, request, _ in answers) == len(step.experts), "a pair was lost or doubled"
-        whole = [y for _, request, y in answers if request.token_rows is None]
-        if len(whole) == len(answers) == 2:
-            return torch.add(whole[0], whole[1])
-        if len(answers) == 1 and whole:
-            return whole[0].clone()
-        out = torch.zeros_like(step.x)
-        for _, request, y in answers:
-            if request.token_rows is None:
-                out += y
-            else:
-                out.index_add_(0, torch.from_numpy(request.token_rows), y)
-        return out
+    # -- small things -------------------------------------------------------------------------------------------
 
-    # -- failures -----------------------------------------------------------------------------------------------
-
-    def _drop(self, link: Link, why: str, cost_s: float = 0.0) -> list[Request]:
-        self._poll.unregister(link)
-        self._by_fd.pop(link.fileno(), None)
-        self._links.pop(link.shard, None)
-        self._mark_down(link.shard, why, cost_s)
-        return link.close()
-
-    def _abandon(self) -> None:
-        """Ends a step half-way: answers that are still to come must not be taken for the next step's."""
-        for link in list(self._links.values()):
-            if link.waiting:
-                self._drop(link, "the step was abandoned")
-
-    def _mark_down(self, shard: str, why: str, cost_s: float = 0.0) -> None:
-        self._down[shard] = _Failure(time.monotonic(), cost_s, why)
+    def _token_of_pairs(self, tokens: int, top_k: int) -> np.ndarray[Any, np.dtype[np.int32]]:
+        """[0] * k + [1] * k + ...: [T * k]; kept, since steps come in few shapes."""
+        if (tokens, top_k) not in self._rows_of:
+            if len(self._rows_of) >= _CACHED_SHAPES:
+                self._rows_of.clear()
+            self._rows_of[tokens, top_k] = np.repeat(np.arange(tokens, dtype=np.int32), top_k)
+        return self._rows_of[tokens, top_k]
 
     def _count(self, event: int) -> None:
         if self._loads is not None:
             self._loads.events[event] += 1
 
-    def _why_missing(self, step: _Step, table: RoutingTable | None, todo: np.ndarray[Any, np.dtype[np.int64]]) -> str:
+    def _why_missing(self, step: _Step, table: RoutingTable | None, todo: Positions) -> str:
         experts = sorted(set(step.experts[todo].tolist()))
         epoch = "no placement was ever published" if table is None else f"placement epoch {table.epoch}"
-        reasons = "; ".join(failure.why for failure in self._down.values()) or "no shard holds them"
+        reasons = "; ".join(failure.why for failure in self._links.down.values()) or "no shard holds them"
         waited = self._settings.unavailable_timeout_s
         return f"layer {step.layer}: no shard serves experts {experts} after {waited:g} s ({epoch}): {reasons}"
+
+
+def _flat(tensor: torch.Tensor, dtype: torch.dtype) -> np.ndarray[Any, Any]:
+    """[T, k] on any device -> [T * k] on this side, without a copy where there is nothing to change."""
+    return tensor.detach().to("cpu", dtype).contiguous().view(-1).numpy()
+
+
+def _combined(step: _Step) -> torch.Tensor:
+    """The sum of a step's answers: [T, H], never a view into a link's buffer."""
+    answers = sorted(step.answers, key=lambda answer: answer[0])
+    assert sum(len(request.pairs) for _, request, _ in answers) == len(step.experts), "a pair was lost or doubled"
+    whole = [y for _, request, y in answers if request.token_rows is None]
+    if len(whole) == len(answers) == 2:
+        return torch.add(whole[0], whole[1])
+    if len(answers) == 1 and whole:
+        return whole[0].clone()
+    out = torch.zeros_like(step.x)
+    for _, request, y in answers:
+        if request.token_rows is None:
+            out += y
+        else:
+            out.index_add_(0, torch.from_numpy(request.token_rows), y)
+    return out

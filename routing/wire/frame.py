@@ -32,7 +32,7 @@ import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -47,6 +47,8 @@ HEADER_BYTES = _HEADER.size
 DTYPES: dict[int, torch.dtype] = {1: torch.float32, 2: torch.bfloat16, 3: torch.float16}
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
 _ITEM_BYTES = {1: 4, 2: 2, 3: 2}
+COMBINE_PREFIX = 24
+COMBINE_FRAME = slice(32, 40)
 PAIR_BYTES = 12
 MAX_MESSAGE_BYTES = 4096
 
@@ -74,8 +76,7 @@ class Limits:
     """Experts that one token may be sent to: more than any model's top-k."""
 
 
-@dataclass(frozen=True, slots=True)
-class Header:
+class Header(NamedTuple):
     """A parsed header; fields as in the table above."""
 
     kind: Kind
@@ -160,20 +161,35 @@ def dispatch_parts(
     frame: int,
     budget_ms: int = 0,
 ) -> list[Buffer]:
-    """A dispatch frame as buffers to send in order, without copying a tensor.
+    """A dispatch frame as buffers to send in order, without copying x.
 
-    x: [R, H] contiguous; experts, rows, weights: [P] contiguous, each row of x named at least once.
+    x: [R, H] contiguous; experts, rows, weights: [P], each row of x named at least once.
     """
     r, h = x.shape
-    header = Header(Kind.DISPATCH, dtype_code(x.dtype), layer, r, len(experts), h, epoch, frame, budget_ms)
-    pairs = np.concatenate((experts.view(np.uint8), rows.view(np.uint8), weights.view(np.uint8)))
-    return [header.pack(), tensor_bytes(x), pairs.data]
+    p = len(experts)
+    # Packed without a Header object: this runs once a shard, layer and step.
+    header = _HEADER.pack(
+        MAGIC, VERSION, Kind.DISPATCH, dtype_code(x.dtype), 0, layer, r, p, h, epoch, frame, budget_ms, 0
+    )
+    pairs = np.empty((3, p), dtype=np.int32)
+    pairs[0] = experts
+    pairs[1] = rows
+    pairs[2] = weights.view(np.int32)
+    return [header, tensor_bytes(x), pairs.data.cast("B")]
+
+
+def combine_prefix(dtype: int, layer: int, rows: int, width: int) -> bytes:
+    """How the header of a right answer begins, up to the epoch; its frame id stands at `COMBINE_FRAME`."""
+    return _HEADER.pack(MAGIC, VERSION, Kind.COMBINE, dtype, 0, layer, rows, 0, width, 0, 0, 0, 0)[:COMBINE_PREFIX]
 
 
 def combine_parts(request: Header, y: torch.Tensor, epoch: int) -> list[Buffer]:
     """The answer to `request`: y [R, H] contiguous, in the request's dtype."""
-    header = Header(Kind.COMBINE, request.dtype, request.layer, y.shape[0], 0, y.shape[1], epoch, request.frame)
-    return [header.pack(), tensor_bytes(y)]
+    rows, width = y.shape
+    header = _HEADER.pack(
+        MAGIC, VERSION, Kind.COMBINE, request.dtype, 0, request.layer, rows, 0, width, epoch, request.frame, 0, 0
+    )
+    return [header, tensor_bytes(y)]
 
 
 def error_parts(request: Header, code: int, message: str, epoch: int) -> list[Buffer]:
@@ -182,8 +198,7 @@ def error_parts(request: Header, code: int, message: str, epoch: int) -> list[Bu
     return [Header(Kind.ERROR, 0, request.layer, len(text), code, 0, epoch, request.frame).pack(), text]
 
 
-@dataclass(frozen=True, slots=True)
-class DispatchBody:
+class DispatchBody(NamedTuple):
     """Views into a dispatch frame's body; valid as long as its buffer is not reused."""
 
     x: torch.Tensor
@@ -205,9 +220,10 @@ def parse_dispatch(header: Header, body: memoryview) -> DispatchBody:
     experts = torch.frombuffer(body, dtype=torch.int32, count=p, offset=at)
     rows = torch.frombuffer(body, dtype=torch.int32, count=p, offset=at + 4 * p)
     weights = torch.frombuffer(body, dtype=torch.float32, count=p, offset=at + 8 * p)
-    low, high = torch.aminmax(rows)
-    if int(low) < 0 or int(high) >= r:
-        raise WireError(f"a pair names row {int(low) if int(low) < 0 else int(high)}; the frame has {r} rows")
+    # As unsigned numbers, negative rows are the largest of all: one pass finds both kinds of wrong ones.
+    largest = int(np.frombuffer(body, dtype=np.uint32, count=p, offset=at + 4 * p).max())
+    if largest >= r:
+        raise WireError(f"a pair names row {np.uint32(largest).astype(np.int32)}; the frame has {r} rows")
     return DispatchBody(x, experts, rows, weights)
 
 

@@ -95,7 +95,7 @@ def test_serve_answers_and_ctrl_c_leaves_nothing(family: Callable[[str], Path], 
         assert len(report["shards"]) == 3
         os.killpg(process.pid, signal.SIGINT)  # as a terminal does: the whole group gets it
         assert process.wait(60) == 0, log.read_text()[-3000:]
-    gone, alive = psutil.wait_procs(family_tree, timeout=10)
+    _, alive = psutil.wait_procs(family_tree, timeout=10)
     assert not alive, [p.cmdline() for p in alive]
     assert (shared_memory() - before[0], abstract_sockets() - before[1], ray_folders() - before[2]) == (
         set(),

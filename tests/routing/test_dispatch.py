@@ -264,7 +264,9 @@ def test_frames_of_two_dispatchers_in_one_batch_keep_their_rows(make_mesh: MakeM
         answers = [pool.submit(first, LAYER, *inputs[0])]
         assert kernel.entered.wait(10)
         answers += [pool.submit(d, LAYER, *args) for d, args in ((second, inputs[1]), (third, inputs[2]))]
-        eventually(lambda: all(d._links[server._me.shard].waiting for d in (second, third)), "both frames sent")
+        eventually(
+            lambda: all(d._links.by_shard[server._me.shard].waiting for d in (second, third)), "both frames sent"
+        )
         kernel.gate.set()
         for args, answer in zip(inputs, answers, strict=True):
             assert torch.equal(answer.result(20), mesh.experts.dense(LAYER, *args))
@@ -386,11 +388,13 @@ def test_a_shard_that_breaks_off_while_it_computes(make_mesh: MakeMesh, loads: L
         with ThreadPoolExecutor(1) as pool:
             answer = pool.submit(dispatcher, LAYER, x, weights, ids)
             assert kernel.entered.wait(10)
-            eventually(lambda: not dispatcher._links[mesh.servers[0].shard].waiting, "the other shard's answer")
+            eventually(
+                lambda: not dispatcher._links.by_shard[mesh.servers[0].shard].waiting, "the other shard's answer"
+            )
             mesh.servers[1].break_connections()
             assert torch.equal(answer.result(20), mesh.experts.dense(LAYER, x, weights, ids))
         kernel.gate.set()
-        dispatcher._down.clear()
+        dispatcher._links.down.clear()
     assert loads.as_dict()["retries"] == 3
 
 
@@ -407,7 +411,9 @@ def test_answers_that_came_before_the_failure_still_count(make_mesh: MakeMesh, v
         answer = pool.submit(dispatcher, LAYER, x, weights, ids)
         assert mesh.kernel(victim).entered.wait(10)
         others = [s.shard for i, s in enumerate(mesh.servers) if i != victim]
-        eventually(lambda: not any(dispatcher._links[shard].waiting for shard in others), "the others' answers")
+        eventually(
+            lambda: not any(dispatcher._links.by_shard[shard].waiting for shard in others), "the others' answers"
+        )
         mesh.servers[victim].break_connections()
         assert torch.equal(answer.result(20), mesh.experts.dense(LAYER, x, weights, ids))
 
@@ -427,7 +433,7 @@ def test_shard_processes_killed_between_steps_and_in_the_middle_of_one() -> None
             return torch.equal(dispatcher(layer, x, weights, ids), experts.dense(layer, x, weights, ids))
 
         assert right(LAYERS[0])
-        assert len(dispatcher._links) == 3
+        assert len(dispatcher._links.by_shard) == 3
         processes[0].send_signal(signal.SIGKILL)
         processes[0].wait()
         assert right(LAYERS[0])
@@ -438,7 +444,7 @@ def test_shard_processes_killed_between_steps_and_in_the_middle_of_one() -> None
             assert processes[1].stdout.readline() == "computing\n"
             processes[1].send_signal(signal.SIGKILL)
             assert answer.result(20)
-        assert set(dispatcher._links) == {survivor.shard}
+        assert set(dispatcher._links.by_shard) == {survivor.shard}
 
 
 def test_a_shard_that_hangs_is_given_up_at_the_deadline(make_mesh: MakeMesh, loads: LoadCounters) -> None:
@@ -467,16 +473,16 @@ def test_a_shard_that_hung_is_left_alone_for_longer_while_others_answer(
     frames = mesh.servers[0].server.stats.frames
 
     def pass_time(seconds: float) -> None:
-        failure = dispatcher._down[hung]
-        dispatcher._down[hung] = dataclasses.replace(failure, at=failure.at - seconds)
+        failure = dispatcher._links.down[hung]
+        dispatcher._links.down[hung] = dataclasses.replace(failure, at=failure.at - seconds)
 
     pass_time(0.3)
     check(mesh, dispatcher, 50, 8)
-    assert hung not in dispatcher._links
+    assert hung not in dispatcher._links.by_shard
     mesh.servers[1].stop()
     check(mesh, dispatcher, 50, 8)  # rather that one than none
     assert loads.as_dict()["waits"] == 0
-    assert hung in dispatcher._links
+    assert hung in dispatcher._links.by_shard
     assert mesh.servers[0].server.stats.frames > frames
 
 
@@ -503,7 +509,7 @@ def test_a_shard_that_answers_an_error_is_passed_over(make_mesh: MakeMesh) -> No
     check(mesh, dispatcher, 50, 8)
     assert mesh.servers[1].server.stats.refused == 1
     check(mesh, dispatcher, 50, 8, layer=LAYERS[1])
-    assert len(dispatcher._links) == 2, "an error frame is no reason to hang up"
+    assert len(dispatcher._links.by_shard) == 2, "an error frame is no reason to hang up"
 
 
 def test_all_copies_hang_until_the_step_gives_up(make_mesh: MakeMesh) -> None:
@@ -564,7 +570,7 @@ def test_a_lost_shard_is_replaced_by_a_newer_table(make_mesh: MakeMesh) -> None:
         mesh.servers.append(fresh)
         with ThreadPoolExecutor(1) as pool:
             answer = pool.submit(check, mesh, dispatcher, 40, 8)
-            eventually(lambda: bool(dispatcher._down), "it noticed")
+            eventually(lambda: bool(dispatcher._links.down), "it noticed")
             targets = {0: mesh.servers[0].target, 1: fresh.target}
             mailbox.publish(build_table(2, LAYERS, EXPERTS, mesh.slots, targets))
             answer.result(20)
@@ -676,11 +682,11 @@ def test_loads_are_counted_once_however_often_pairs_are_sent(make_mesh: MakeMesh
     step(2, LAYERS[1])  # times out on one
     mesh.kernel(2).gate.set()
     mesh.kernel(0).held[LAYERS[0]].clear()
-    dispatcher._down.clear()
+    dispatcher._links.down.clear()
     step(3, LAYERS[0])  # is refused by one
     mesh.servers[1].stop()
     mesh.kernel(0).held[LAYERS[0]].update(range(EXPERTS))
-    dispatcher._down.clear()
+    dispatcher._links.down.clear()
     step(4, LAYERS[0])  # loses one
     assert loads.tokens.tolist() == want.tolist()
     assert loads.as_dict()["dispatches"] == 4

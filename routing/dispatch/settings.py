@@ -1,0 +1,23 @@
+"""How a dispatcher behaves."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from expertmesh.routing.wire import Limits
+
+
+@dataclass(frozen=True, slots=True)
+class DispatchSettings:
+    """The fields of the config's `routing` section that a dispatcher needs, in seconds."""
+
+    node: str
+    """Id of this node: shards on it are reached by unix socket."""
+    revision: str
+    """Identity of the checkpoint; a shard that serves another one is refused."""
+    policy: str = "least_loaded"
+    transport: str = "auto"
+    limits: Limits = field(default_factory=Limits)
+    frame_deadline_s: float = 10.0
+    connect_timeout_s: float = 5.0
+    unavailable_timeout_s: float = 60.0
