@@ -150,7 +150,7 @@ BAD_VALUES: list[tuple[str, object, str]] = [
     ("attention.replicas", True, "true is a boolean; allowed: integer >= 1"),
     ("attention.replicas", 2.0, "2.0 is a number; allowed: integer >= 1"),
     ("attention.cpus", False, "false is a boolean; allowed: number >= 0"),
-    ("attention.kv_cache_gib", float("inf"), "inf can't be used; allowed: number > 0 (GiB)"),
+    ("attention.kv_cache_gib", float("inf"), "inf can't be used; allowed: number > 0 or null (GiB)"),
     ("attention.kv_cache_gib", 0, "0 is not above 0"),
     ("attention.compile", "on", "'on' is text; allowed: true or false"),
     ("attention.max_num_batched_tokens", 63, "63 is less than attention.max_num_seqs (64)"),

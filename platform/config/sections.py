@@ -139,7 +139,7 @@ class AttentionConfig(Section):
     )
     kv_cache_gib: Gibibytes | None = Field(
         default=None,
-        description="Memory for the KV cache of each replica; null takes 1 GiB on CPU, what the device has left on GPU.",
+        description="Memory for the KV cache of each replica; null takes 1 GiB on CPU, what is left on a GPU.",
     )
     max_num_seqs: Count = Field(
         default=64, description="Sequences that one engine step computes at most.", json_schema_extra=unit("sequences")

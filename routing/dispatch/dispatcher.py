@@ -158,9 +158,10 @@ class Dispatcher:
         self, table: RoutingTable, index: int, counts: np.ndarray[Any, np.dtype[np.int64]], failed: Sequence[int]
     ) -> IntArray:
         """The target of each expert with tokens, -1 if none can be asked: [E]."""
-        copies = table.copies[index]
+        copies: IntArray = table.copies[index]
         if copies.shape[1] == 1 and not self._links.down:  # nothing to choose
-            return copies[:, 0]
+            sole: IntArray = copies[:, 0]
+            return sole
         chosen = self._policy(counts, copies, self._links.up(table, failed, PATIENCE))
         if self._links.down and (chosen[counts > 0] < 0).any():  # rather one that failed a while ago than none
             chosen = self._policy(counts, copies, self._links.up(table, failed, 0.0))
