@@ -47,6 +47,11 @@ def demo_mesh(demo_folder: Path) -> Iterator[LocalMesh]:
     """The demo model on one attention replica and two shards, each expert on one of them."""
     from expertmesh.deployments.local import LocalMesh
 
-    settings = {"model": "demo", "ingress": {"port": free_port()}, "attention": {"kv_cache_gib": 0.5}}
+    settings = {
+        "model": "demo",
+        "ingress": {"port": free_port()},
+        "attention": {"kv_cache_gib": 0.5, "inactivity_timeout_s": 300},
+        "routing": {"unavailable_timeout_s": 240},  # a replacement on two busy cores may take a minute
+    }
     with LocalMesh(load_config(settings)) as mesh:
         yield mesh

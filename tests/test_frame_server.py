@@ -392,7 +392,7 @@ def test_many_unread_answers_are_kept_and_then_the_server_rests(serve: Serve, op
 def test_a_client_that_never_reads_is_dropped_at_the_limit(
     serve: Serve, open_client: Open, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("expertmesh.deployments.experts.server._MAX_UNSENT_BYTES", 1 << 20)
+    monkeypatch.setattr("expertmesh.deployments.experts.connection._MAX_UNSENT_BYTES", 1 << 20)
     server = serve(Wide(), width=4096)
     sock, other = open_client(server), open_client(server)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 16)

@@ -17,16 +17,15 @@ from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import islice
 from typing import Protocol
 
 import torch
 
+from expertmesh.deployments.experts.connection import Connection
 from expertmesh.errors import WireError
 from expertmesh.routing.transport import Peer, challenge
 from expertmesh.routing.transport.sockets import accepted
 from expertmesh.routing.wire import (
-    HEADER_BYTES,
     Header,
     Kind,
     Limits,
@@ -34,7 +33,6 @@ from expertmesh.routing.wire import (
     dtype_code,
     error_parts,
     parse_dispatch,
-    parse_header,
 )
 from expertmesh.routing.wire.frame import Buffer, DispatchBody
 
@@ -42,9 +40,6 @@ log = logging.getLogger("expertmesh.experts")
 
 _HANDSHAKE_TIMEOUT_S = 5.0
 _HANDSHAKE_THREADS = 4
-_MAX_UNSENT_BYTES = 1 << 30
-_MAX_BUFFERS = 64
-"""Handed to the kernel at once: it takes no more than 1,024."""
 
 
 class Kernel(Protocol):
@@ -52,6 +47,8 @@ class Kernel(Protocol):
 
     def compute(self, layer: int, body: DispatchBody) -> torch.Tensor:
         """y [R, H], contiguous, in x's dtype: for each row the weighted sum over the pairs that name it.
+
+        y must not share memory with body, whose buffer may be filled again before y is sent.
 
         Raises NotHeld if an expert of the frame is not here.
         """
@@ -78,79 +75,7 @@ class ServerStats:
     """Open now."""
 
 
-class _Connection:
-    """A client: bytes in, bytes out."""
-
-    def __init__(self, sock: socket.socket, limits: Limits) -> None:
-        self.sock = sock
-        self.outbox: deque[memoryview] = deque()
-        self._limits = limits
-        self._buffer = bytearray(1 << 20)
-        self._view = memoryview(self._buffer)
-        self._have = 0
-        self._used = 0
-
-    def receive(self) -> tuple[Header, memoryview] | None:
-        """The next whole frame, or None. Its body is a view: valid until the next call. Raises WireError."""
-        if self._used:
-            rest = self._have - self._used
-            self._buffer[:rest] = self._buffer[self._used : self._have]
-            self._have, self._used = rest, 0
-        header = self._header()
-        if header is None or self._have < HEADER_BYTES + header.body_bytes:
-            self._read(len(self._buffer) if header is None else HEADER_BYTES + header.body_bytes)
-            header = self._header()
-        if header is None or self._have < HEADER_BYTES + header.body_bytes:
-            return None
-        self._used = HEADER_BYTES + header.body_bytes
-        return header, self._view[HEADER_BYTES : self._used]
-
-    @property
-    def has_input(self) -> bool:
-        """Whether bytes beyond the last frame have been read already."""
-        return self._have > self._used
-
-    def _header(self) -> Header | None:
-        return parse_header(self._view[:HEADER_BYTES], self._limits) if self._have >= HEADER_BYTES else None
-
-    def _read(self, want: int) -> None:
-        if want > len(self._buffer):
-            grown = bytearray(want)
-            grown[: self._have] = self._view[: self._have]
-            self._buffer, self._view = grown, memoryview(grown)
-        try:
-            got = self.sock.recv_into(self._view[self._have :])
-        except BlockingIOError:
-            return
-        except OSError as error:
-            raise WireError(f"client is gone: {error}") from error
-        if got == 0:
-            raise WireError("client closed the connection")
-        self._have += got
-
-    def send(self, parts: Sequence[Buffer]) -> None:
-        """Queues a frame and writes what the socket takes. Raises WireError if the client is gone or never reads."""
-        self.outbox.extend(memoryview(part).cast("B") for part in parts)
-        self.flush()
-        if sum(map(len, self.outbox)) > _MAX_UNSENT_BYTES:
-            raise WireError("client does not read its answers")
-
-    def flush(self) -> None:
-        """Writes more of the queued bytes."""
-        try:
-            while self.outbox:
-                sent = self.sock.sendmsg(list(islice(self.outbox, _MAX_BUFFERS)))
-                while self.outbox and sent >= len(self.outbox[0]):
-                    sent -= len(self.outbox.popleft())
-                if self.outbox and sent:
-                    self.outbox[0] = self.outbox[0][sent:]
-        except BlockingIOError:
-            return
-        except OSError as error:
-            raise WireError(f"client is gone: {error}") from error
-
-
-_Job = tuple[_Connection, Header, DispatchBody]
+_Job = tuple[Connection, Header, DispatchBody]
 
 
 class FrameServer:
@@ -174,10 +99,10 @@ class FrameServer:
         self._kernel = kernel
         self._limits = limits
         self._max_batch_rows = max_batch_rows
-        self._connections: dict[int, _Connection] = {}
+        self._connections: dict[int, Connection] = {}
         self._greeting: set[socket.socket] = set()
         self._fresh: deque[socket.socket] = deque()
-        self._unread: list[_Connection] = []
+        self._unread: list[Connection] = []
         """Those with more than one frame in their buffer, of which epoll knows nothing."""
         self._epoll = select.epoll()
         self._wake = os.eventfd(0, os.EFD_NONBLOCK)
@@ -273,7 +198,7 @@ class FrameServer:
                 self._serve(batch)
         self._unread = [c for c, _, _ in jobs if c.has_input and c.sock.fileno() in self._connections]
 
-    def _take(self, connection: _Connection, jobs: list[_Job]) -> None:
+    def _take(self, connection: Connection, jobs: list[_Job]) -> None:
         try:
             frame = connection.receive()
             if frame is None:
@@ -315,23 +240,23 @@ class FrameServer:
             self._reply(connection, combine_parts(header, y[at : at + header.rows], self.epoch))
             at += header.rows
 
-    def _reply(self, connection: _Connection, parts: Sequence[Buffer]) -> None:
+    def _reply(self, connection: Connection, parts: Sequence[Buffer]) -> None:
         self._write(connection, lambda: connection.send(parts))
 
-    def _write(self, connection: _Connection, action: Callable[[], None]) -> None:
+    def _write(self, connection: Connection, action: Callable[[], None]) -> None:
         """Does what writes, and asks epoll for room in the socket just as long as there is something to write."""
         had = bool(connection.outbox)
         self._guard(connection, action)
         if bool(connection.outbox) != had and connection.sock.fileno() in self._connections:
             self._epoll.modify(connection.sock, select.EPOLLIN | (select.EPOLLOUT if connection.outbox else 0))
 
-    def _guard(self, connection: _Connection, action: Callable[[], None]) -> None:
+    def _guard(self, connection: Connection, action: Callable[[], None]) -> None:
         try:
             action()
         except WireError as error:
             self._close(connection, error)
 
-    def _close(self, connection: _Connection, why: WireError) -> None:
+    def _close(self, connection: Connection, why: WireError) -> None:
         log.debug("connection closed: %s", why)
         fd = connection.sock.fileno()
         if self._connections.pop(fd, None) is not None:
@@ -363,7 +288,7 @@ class FrameServer:
     def _admit(self) -> None:
         while self._fresh:
             sock = self._fresh.popleft()
-            self._connections[sock.fileno()] = _Connection(sock, self._limits)
+            self._connections[sock.fileno()] = Connection(sock, self._limits)
             self._epoll.register(sock, select.EPOLLIN)
 
 

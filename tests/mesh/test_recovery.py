@@ -1,0 +1,33 @@
+"""A shard that is really killed."""
+
+from __future__ import annotations
+
+import psutil
+import pytest
+
+from expertmesh import Client
+from expertmesh.deployments.local import LocalMesh
+from tests.mesh.test_api import eventually
+
+pytestmark = pytest.mark.mesh
+
+SHARD_PROCESS = "ray::ServeReplica:expertmesh:experts"
+
+
+def test_a_killed_shard_is_replaced_and_requests_that_wait_go_on(demo_mesh: LocalMesh) -> None:
+    settings = {"model": "demo", "prompt": "The three primary colours are", "max_tokens": 24, "temperature": 0}
+    with Client(base_url=demo_mesh.url, timeout=300, max_retries=0) as client:
+        before = client.completions.create(**settings).choices[0].text
+        old = client.mesh.status()
+        shards = [p for p in psutil.Process().children(recursive=True) if p.name().startswith(SHARD_PROCESS[:15])]
+        shards = [p for p in shards if "experts" in " ".join(p.cmdline())]
+        assert len(shards) == 2
+        shards[0].kill()
+        during = client.completions.create(**settings).choices[0].text  # redundancy is 1: it waits
+        assert during == before
+        assert eventually(lambda: client.mesh.status().health == "ok", 60)
+        new = client.mesh.status()
+        assert new.placement.epoch > old.placement.epoch
+        assert {s.index for s in new.shards} == {0, 1}
+        assert len({s.shard for s in new.shards} & {s.shard for s in old.shards}) == 1
+        assert client.completions.create(**settings).choices[0].text == before
