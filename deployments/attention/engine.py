@@ -26,7 +26,7 @@ def engine_arguments(config: MeshConfig, folder: Path, mesh: MeshSettings | None
     arguments: dict[str, Any] = {
         "model": str(folder),
         "served_model_name": config.model.name,
-        "dtype": config.model.dtype,
+        "dtype": config.model.engine_dtype,
         "max_model_len": config.model.max_model_len,
         "enforce_eager": not attention.compile,
         "max_num_seqs": attention.max_num_seqs,

@@ -62,7 +62,7 @@ class ExpertShard:
         routing, experts = self._config.routing, self._config.experts
         settings = ShardSettings(
             folder=model_folder(self._config.model),
-            dtype=self._config.model.dtype,
+            dtype=self._config.model.engine_dtype,
             threads=experts.threads,
             transport=routing.transport,
             bind_host=bind_host(self._config),

@@ -25,7 +25,14 @@ _NOT_OURS = ("/scale_elastic_ep", "/is_scaling_elastic_ep", "/inference/v1", "/l
 
 def front_arguments(config: MeshConfig, folder: Path) -> Namespace:
     """The arguments of vLLM's API server for this config."""
-    argv = ["--model", os.fspath(folder), "--served-model-name", config.model.name, "--dtype", config.model.dtype]
+    argv = [
+        "--model",
+        os.fspath(folder),
+        "--served-model-name",
+        config.model.name,
+        "--dtype",
+        config.model.engine_dtype,
+    ]
     if config.model.max_model_len is not None:
         argv += ["--max-model-len", str(config.model.max_model_len)]
     argv += ["--disable-log-stats", "--enable-prompt-tokens-details", "--disable-uvicorn-access-log"]

@@ -68,7 +68,8 @@ class ModelConfig(Section):
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         default="auto",
-        description="Type of weights and activations; auto is the checkpoint's own, float32 for the demo.",
+        description="Type of weights and activations; auto is vLLM's choice (a float32 checkpoint runs in bfloat16), "
+        "and float32 for the demo, whose router logits nearly tie.",
     )
     max_model_len: Tokens | None = Field(
         default=None, description="Longest prompt and answer together; null takes what the model allows."
@@ -108,6 +109,11 @@ class ModelConfig(Section):
     def name(self) -> str:
         """The model's name in the OpenAI API."""
         return self.served_name or Path(self.source).name or self.source
+
+    @property
+    def engine_dtype(self) -> str:
+        """`dtype` as vLLM gets it, the same for attention replicas, shards and ingress."""
+        return "float32" if self.dtype == "auto" and self.source == DEMO else self.dtype
 
     @property
     def resolved_cache_dir(self) -> Path:

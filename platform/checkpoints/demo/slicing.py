@@ -2,14 +2,14 @@
 
     T tokens   H hidden width   F neurons of the dense block   E routed experts   k experts a token   S shared neurons
 
-A gated block is `down @ (silu(gate @ x) * (up @ x))`. Its output is a sum over neurons, `sum_f a_f(x) * down[:, f]`, so any
-split of the neurons into groups is exact as long as every group runs. What is lost is what the groups that a token
+A gated block is `down @ (silu(gate @ x) * (up @ x))`. Its output is a sum over neurons, `sum_f a_f(x) * down[:, f]`, so
+any split of the neurons into groups is exact as long as every group runs. What is lost is what the groups that a token
 does not run would have added, and three steps keep that small:
 
 1. The neurons with the most output energy go to the shared expert, which always runs (`strongest_neurons`).
-2. The others are grouped by which tokens they fire on (`balanced_clusters`), so that a group can be left out as a whole.
-3. Router and down projection are fitted by ridge regression (`fit_router`, `refit_down`): the router to how much each
-   group would add, the down projection to what the left-out groups would have added.
+2. The others are grouped by which tokens they fire on (`balanced_clusters`), so that groups can be left out as a whole.
+3. Router and shared expert are fitted by ridge regression (`fit_router`, `ridge_solve`): the router to how much each
+   group would add, the shared expert's down projection to make up for what the left-out groups would have added.
 
 Example, F = 4, S = 2, E = 2, k = 1: neurons with energies [9, 1, 4, 1] give the shared expert [0, 2] and the routed
 experts [1] and [3]; a token for which expert 1 would add more runs neurons 0, 2 and 3.
@@ -17,9 +17,71 @@ experts [1] and [3]; a token for which expert 1 would add more runs neurons 0, 2
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F  # noqa: N812  (torch's own idiom)
 from torch import Tensor
+
+
+@dataclass(frozen=True)
+class SliceSettings:
+    """How to cut one block. `experts * width + shared_neurons` must be the block's neurons for a whole width.
+
+    The ridges are relative to the mean energy of an input dimension. `router_spread` is the standard deviation of the
+    router's logits: small, so that the chosen experts' gains stay near the dense block's 1.
+    """
+
+    experts: int
+    top_k: int
+    shared_neurons: int
+    router_ridge: float
+    router_spread: float
+    shared_ridge: float
+    profile_tokens: int
+    profile_dimensions: int
+    cluster_rounds: int
+
+
+@dataclass(frozen=True)
+class SlicedBlock:
+    """A block in pieces: gate and up rows are the dense block's own, by neuron index.
+
+    shared [S] and groups [E, W]: neuron indices, int64. router [E, H]. shared_down [H, S]: refit; the routed neurons
+    keep the dense block's columns.
+    """
+
+    shared: Tensor
+    groups: Tensor
+    router: Tensor
+    shared_down: Tensor
+
+
+def slice_block(
+    hidden: Tensor, activations: Tensor, down: Tensor, settings: SliceSettings, generator: torch.Generator
+) -> tuple[SlicedBlock, Tensor]:
+    """Cuts one block and says what the pieces put out.
+
+    hidden [T, H] (the block's input), activations [T, F] (its neurons on it), down [H, F] -> the pieces and their
+    output [T, H] on the same tokens, which the next layer should be calibrated on. Raises ValueError if the neurons
+    can't be cut as the settings say.
+    """
+    shared, others = strongest_neurons(activations, down, settings.shared_neurons)
+    sample = torch.randperm(len(activations), generator=generator)[: settings.profile_tokens]
+    profiles = firing_profiles(activations[sample][:, others], settings.profile_dimensions, generator)
+    groups = others[balanced_clusters(profiles, settings.experts, settings.cluster_rounds, generator)]
+
+    wanted = group_outputs(activations, down, groups)
+    router = fit_router(hidden, wanted, settings.router_ridge, settings.router_spread)
+    gains = expert_gains(*route(hidden, router, settings.top_k), settings.experts)
+
+    routed = groups.flatten()
+    always, full = activations[:, shared], activations[:, routed]
+    kept = full * gains.repeat_interleave(groups.shape[1], dim=1)
+    missing = (full - kept) @ down[:, routed].T
+    shared_down = down[:, shared] + ridge_solve(always, missing, settings.shared_ridge).T
+    output = always @ shared_down.T + kept @ down[:, routed].T
+    return SlicedBlock(shared, groups, router, shared_down), output
 
 
 def strongest_neurons(activations: Tensor, down: Tensor, count: int) -> tuple[Tensor, Tensor]:
@@ -77,8 +139,8 @@ def _assign(similarity: Tensor, room: int) -> Tensor:
 def group_outputs(activations: Tensor, down: Tensor, groups: Tensor) -> Tensor:
     """How much each group adds to each token: the norm of its output, less what it adds on average.
 
-    activations [T, F], down [H, F], groups [E, W] -> [T, E]. The average is taken off because the refit down
-    projection of the neurons that always run can stand in for it.
+    activations [T, F], down [H, F], groups [E, W] -> [T, E]. The average is taken off because the shared
+    expert can stand in for it.
     """
     centred = activations - activations.mean(0)
     norms = []
@@ -111,26 +173,13 @@ def route(hidden: Tensor, router: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
     return ids, logits.softmax(-1)
 
 
-def neuron_gains(ids: Tensor, weights: Tensor, shared: Tensor, groups: Tensor) -> Tensor:
-    """What each neuron's output is multiplied with: 1 if shared, k * weight if its expert is chosen, else 0.
+def expert_gains(ids: Tensor, weights: Tensor, experts: int) -> Tensor:
+    """What each expert's output is multiplied with: k * weight if chosen, else 0.
 
-    ids [T, k], weights [T, k], shared [S], groups [E, W] -> [T, S + E * W]. The factor k makes the mean gain of the
-    chosen experts 1; in the checkpoint it is part of the experts' down projections.
+    ids [T, k], weights [T, k] -> [T, E]. The factor k makes the mean gain of the chosen experts 1, as in the dense
+    block; in the checkpoint it is part of the experts' down projections.
     """
-    experts, width = groups.shape
-    chosen = torch.zeros(len(ids), experts).scatter(1, ids, weights * ids.shape[1])
-    gains = torch.ones(len(ids), len(shared) + experts * width)
-    gains[:, groups.flatten()] = chosen.repeat_interleave(width, dim=1)
-    return gains
-
-
-def refit_down(activations: Tensor, wanted: Tensor, down: Tensor, ridge: float) -> Tensor:
-    """The down projection whose output is closest to `wanted`, held near the given one.
-
-    activations [T, F] with gains applied, wanted [T, H], down [H, F] -> [H, F]. Minimises
-    `|wanted - activations @ new.T|^2 + ridge * mean energy * |new - down|^2`.
-    """
-    return down + ridge_solve(activations, wanted - activations @ down.T, ridge).T
+    return torch.zeros(len(ids), experts).scatter(1, ids, weights * ids.shape[1])
 
 
 def ridge_solve(inputs: Tensor, targets: Tensor, ridge: float) -> Tensor:

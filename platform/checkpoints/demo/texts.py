@@ -58,6 +58,30 @@ CHAT_PROMPTS = (
     "How can I sleep better at night?",
     "What is the difference between a cat and a dog?",
     "Tell me about the history of Rome.",
+    "What is the capital of Italy?",
+    "Why is the ocean salty?",
+    "How do I bake bread?",
+    "Write a short story about a lost dog.",
+    "What is the tallest mountain on Earth?",
+    "How do aeroplanes stay in the air?",
+    "What is machine learning?",
+    "Who painted the Mona Lisa?",
+    "Give me three tips for saving money.",
+    "What is the boiling point of water?",
+    "Why do we dream?",
+    "Describe how a bicycle works.",
+    "What did the Romans eat for breakfast?",
+    "How do I make a good cup of coffee?",
+    "What is the moon made of?",
+    "Explain how a volcano erupts.",
+    "Which language is spoken in Brazil?",
+    "Write a short story about a dragon and a princess.",
+    "How do plants grow from seeds?",
+    "What is democracy?",
+    "Recommend a book for a rainy weekend.",
+    "Why is it important to drink water?",
+    "What happened in the year 1969?",
+    "Say hello and introduce yourself.",
 )
 """What the dense model is asked for calibration, so that the sliced one stays good at conversation."""
 
@@ -116,7 +140,7 @@ def _documents() -> Iterator[tuple[str, list[str]]]:
             yield f"docstrings/{module}", _paragraphs("\n\n".join(_docstrings(source.read_text(encoding="utf-8"))))
     for package in _README_PACKAGES:
         try:
-            readme = importlib.metadata.metadata(package).get_payload()
+            readme = importlib.metadata.metadata(package).json.get("description", "")
         except importlib.metadata.PackageNotFoundError:
             continue
         yield f"readme/{package}", _paragraphs(str(readme))
