@@ -56,9 +56,10 @@ def answered_prompts(
     width = max(len(prompt) for prompt in prompts)
     padding = [width - len(prompt) for prompt in prompts]
     end = model.config.eos_token_id
+    generates: Any = model  # transformers declares `generate` for a protocol that its own classes don't satisfy.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
-        answered = model.generate(
+        answered = generates.generate(
             input_ids=torch.tensor([[end] * pad + prompt for pad, prompt in zip(padding, prompts, strict=True)]),
             attention_mask=torch.tensor([[0] * pad + [1] * (width - pad) for pad in padding]),
             max_new_tokens=recipe.chat_new_tokens,

@@ -59,7 +59,7 @@ def moe_config(model: LlamaForCausalLM, recipe: Recipe) -> Qwen2MoeConfig:
         num_key_value_heads=dense.num_key_value_heads,
         max_position_embeddings=dense.max_position_embeddings,
         rms_norm_eps=dense.rms_norm_eps,
-        rope_parameters=dict(dense.rope_parameters),
+        rope_parameters=dense.rope_parameters,
         tie_word_embeddings=True,
         num_experts=recipe.experts,
         num_experts_per_tok=recipe.top_k,

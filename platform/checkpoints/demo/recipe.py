@@ -24,7 +24,7 @@ class Recipe:
     """
 
     experts: int = 24
-    top_k: int = 12
+    top_k: int = 13
     shared_neurons: int = 768
 
     text_windows: int = 56

@@ -99,7 +99,7 @@ def collect(held_out_share: float = 0.25) -> Texts:
 
     A document's side follows from a hash of its name, so it depends on nothing else that is installed.
     """
-    documents = dict(_documents())
+    documents = {name: paragraphs for name, paragraphs in _documents() if paragraphs}
     held_out = {name for name in documents if _unit_hash(name) < held_out_share}
     seen = {paragraph for name in held_out for paragraph in documents[name]}
     calibration = [

@@ -7,7 +7,7 @@ import pytest
 
 from expertmesh import Client
 from expertmesh.deployments.local import LocalMesh
-from tests.mesh.test_api import eventually
+from tests.mesh.test_demo_api import eventually
 
 pytestmark = pytest.mark.mesh
 
