@@ -25,18 +25,21 @@ BIN = Path(sys.executable).parent
 START_S = 300
 
 
-def abstract_sockets() -> set[str]:
-    """Names of our unix sockets in the abstract namespace."""
-    lines = Path("/proc/net/unix").read_text().splitlines()
-    return {line.split()[-1] for line in lines if "@expertmesh-" in line}
+def abstract_sockets() -> str:
+    """Names of all unix sockets on this machine."""
+    return Path("/proc/net/unix").read_text()
 
 
-def shared_memory() -> set[str]:
-    return {path.name for path in Path("/dev/shm").iterdir()}
-
-
-def ray_folders() -> set[Path]:
-    return set(Path("/tmp").glob("xm-*"))
+def files_of(processes: list[psutil.Process]) -> set[Path]:
+    """What these processes have mapped in shared memory, their mailboxes, and the folders of their private Ray."""
+    held: set[Path] = set()
+    for process in processes:
+        held.update(Path("/dev/shm").glob(f"expertmesh-{process.pid}-*"))
+        maps = Path(f"/proc/{process.pid}/maps").read_text().splitlines()
+        held.update(Path(line.split()[5]) for line in maps if " /dev/shm/" in line)
+        for argument in process.cmdline():
+            held.update(path for path in Path("/tmp").glob("xm-*") if f"{path}/" in argument)
+    return held
 
 
 @contextmanager
@@ -79,7 +82,6 @@ def test_serve_answers_and_ctrl_c_leaves_nothing(family: Callable[[str], Path], 
     folder, port, log = family("qwen2_moe"), free_port(), tmp_path / "log"  # 10 experts: 3 shards don't divide them
     config = tmp_path / "mesh.yaml"
     config.write_text(yaml.safe_dump({"model": str(folder), "experts": {"shards": 3, "redundancy": 2}}))
-    before = shared_memory(), abstract_sockets(), ray_folders()
     serve = [str(BIN / "expertmesh"), "serve", str(config), "--set", f"ingress.port={port}"]
     url = f"http://127.0.0.1:{port}"
     with command(*serve, log=log) as process:
@@ -93,15 +95,17 @@ def test_serve_answers_and_ctrl_c_leaves_nothing(family: Callable[[str], Path], 
         report = json.loads(status.stdout)
         assert report["placement"]["redundancy"] == 2
         assert len(report["shards"]) == 3
+        sockets = [a.removeprefix("unix:") for s in report["shards"] for a in s["addresses"] if a.startswith("unix:")]
+        files = files_of(family_tree)
+        assert len(sockets) == 3
+        assert all(socket in abstract_sockets() for socket in sockets)
+        assert {path.parent.name for path in files} >= {"shm", "tmp"}
         os.killpg(process.pid, signal.SIGINT)  # as a terminal does: the whole group gets it
         assert process.wait(60) == 0, log.read_text()[-3000:]
     _, alive = psutil.wait_procs(family_tree, timeout=10)
     assert not alive, [p.cmdline() for p in alive]
-    assert (shared_memory() - before[0], abstract_sockets() - before[1], ray_folders() - before[2]) == (
-        set(),
-        set(),
-        set(),
-    )
+    assert not [path for path in files if path.exists()]
+    assert not [socket for socket in sockets if socket in abstract_sockets()]
     down = subprocess.run(
         [str(BIN / "expertmesh"), "status", "--url", url], capture_output=True, text=True, check=False
     )
