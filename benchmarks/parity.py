@@ -101,7 +101,8 @@ def dense_family(folder: Path) -> dict[str, Any]:
     prompts = prompts_for(vocabulary_of(folder))
     with Worker(EngineHost, engine_arguments(folder), 1) as mono:
         mono.post("generate", prompts, TOKENS)
-        settings = {"model": str(folder), "experts": {"mode": "colocated"}, "ingress": {"port": PORT}}
+        model = {"source": str(folder), "dtype": "float32"}  # vLLM's auto would make bfloat16 of it
+        settings = {"model": model, "experts": {"mode": "colocated"}, "ingress": {"port": PORT}}
         with LocalMesh(load_config(settings)) as mesh:
             answers = served_answers(mesh.url, mesh.config.model.name, prompts, TOKENS)
         return {"meshes": {"colocated": compare(mono.take(), answers)}}

@@ -45,7 +45,7 @@ def main() -> None:
         ):
             ratio, rates = {}, {}
             for batch in BATCHES:
-                prompts = [p[:PROMPT_TOKENS] for p in prompts_for(VOCABULARY, batch, PROMPT_TOKENS)]
+                prompts = [(p * PROMPT_TOKENS)[:PROMPT_TOKENS] for p in prompts_for(VOCABULARY, batch)]
 
                 def rate(worker: Worker, prompts: list[list[int]] = prompts) -> float:
                     answers = worker.ask("generate", prompts, TOKENS, False)
