@@ -35,7 +35,7 @@ class AttentionReplica:
     """Runs the engine, keeps its routing table fresh, reports its loads."""
 
     async def __init__(self, config: MeshConfig, controller: DeploymentHandle[Any]) -> None:  # type: ignore[misc]  # Serve awaits it
-        """Returns when the engine serves. The engine's start runs the model once, so it waits for the experts."""
+        """Returns when the engine serves. A compiled engine runs the model first: it waits for experts."""
         prepare_replica(config)
         self._config = config
         self._controller = controller
