@@ -23,7 +23,7 @@ from expertmesh.platform.checkpoints import checkpoint_revision, expert_layout, 
 from expertmesh.routing.dispatch import Mailbox
 from expertmesh.routing.placement import Target, build_table, even_slots
 from expertmesh.routing.placement.static import IntArray
-from expertmesh.routing.vllm_plugin import LOAD_FORMAT, MeshSettings, Role
+from expertmesh.routing.vllm_plugin import CPU_EXECUTOR, LOAD_FORMAT, MeshSettings, Role
 
 _NODE = "here"
 
@@ -239,7 +239,11 @@ class BareMesh:
 
     def engine_arguments(self) -> dict[str, Any]:
         """To be added to those of a monolithic engine."""
-        return {"load_format": LOAD_FORMAT, "additional_config": self.settings.to_additional_config()}
+        return {
+            "distributed_executor_backend": CPU_EXECUTOR,
+            "load_format": LOAD_FORMAT,
+            "additional_config": self.settings.to_additional_config(),
+        }
 
     def even_slots(self, shards: int, redundancy: int) -> IntArray:
         """[shards, layers, slots] for this model."""

@@ -17,7 +17,7 @@ from vllm.v1.engine.exceptions import EngineDeadError
 from vllm.v1.executor import Executor
 
 from expertmesh.platform.config import MeshConfig
-from expertmesh.routing.vllm_plugin import LOAD_FORMAT, MeshSettings
+from expertmesh.routing.vllm_plugin import CPU_EXECUTOR, LOAD_FORMAT, MeshSettings
 
 
 def engine_arguments(config: MeshConfig, folder: Path, mesh: MeshSettings | None) -> dict[str, Any]:
@@ -39,6 +39,8 @@ def engine_arguments(config: MeshConfig, folder: Path, mesh: MeshSettings | None
         kv_cache_gib = 1.0
     if kv_cache_gib is not None:
         arguments["kv_cache_memory_bytes"] = int(kv_cache_gib * 2**30)
+    if current_platform.is_cpu():
+        arguments["distributed_executor_backend"] = CPU_EXECUTOR
     if mesh is not None:
         arguments["load_format"] = LOAD_FORMAT
         arguments["additional_config"] = mesh.to_additional_config()

@@ -10,6 +10,12 @@ from expertmesh.errors import ConfigError
 
 CONFIG_KEY = "expertmesh"
 LOAD_FORMAT = "expertmesh"
+CPU_EXECUTOR = "vllm.v1.executor.uniproc_executor.UniProcExecutor"
+"""`distributed_executor_backend` of an engine on CPU: the model runs in the engine core's own process.
+
+By its short name vLLM would replace it by a process a worker, in which it can set OpenMP's environment, and spin on a
+core while it waits for that process: the core that the shards need. Our engines have that environment from the start.
+"""
 
 
 class Role(StrEnum):
