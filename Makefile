@@ -20,7 +20,7 @@ format: $(READY)
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-$(READY): requirements/cpu.lock pyproject.toml
+$(READY): requirements/cpu.lock pyproject.toml $(wildcard routing/native/*.[ch])
 	@echo "setting up .venv (about 4 GB, a few minutes the first time)"
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install -qq --disable-pip-version-check --no-deps -r requirements/cpu.lock
@@ -28,4 +28,4 @@ $(READY): requirements/cpu.lock pyproject.toml
 	@touch $@
 
 clean:
-	rm -rf .venv build *.egg-info src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv build *.egg-info src/*.egg-info routing/native/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -18,6 +18,8 @@ class JoinRequest:
     shard: str
     node: str
     held_index: int | None = None
+    held: IntArray | None = None
+    """[layers, slots] what it serves."""
     seen_epoch: int = 0
 
 
@@ -28,8 +30,18 @@ class Lease:
     index: int
     """Which of the placement's shards it is."""
     slots: IntArray
-    """[layers, slots] expert ids, -1 where a slot stays empty."""
+    """[layers, slots] expert ids, -1 where a slot stays empty. At least one of each layer is: the staging slot."""
     epoch: int
+
+
+@dataclass(frozen=True, slots=True)
+class Orders:
+    """The controller's answer to a shard's heartbeat."""
+
+    epoch: int
+    """Of the routing table now."""
+    slots: IntArray | None
+    """[layers, slots] what it is to hold; None: what it reported."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,8 +51,14 @@ class ShardReport:
     shard: str
     target: Target | None
     """Where it serves; None while it loads."""
+    held: IntArray | None = None
+    """[layers, slots] what it serves; None while it loads its first lease."""
+    failed: IntArray | None = None
+    """[layers, slots] orders that it could not carry out."""
+    failure: str = ""
+    """Why."""
     stats: dict[str, Any] = field(default_factory=dict)
-    """ServerStats and `bytes_read`."""
+    """ServerStats, `bytes_read` and `load_s`."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -37,6 +37,7 @@ from expertmesh.platform.cli import app as cli
 from expertmesh.platform.client import Loads, Placement
 from expertmesh.platform.config import load_config
 from expertmesh.routing.placement import Target
+from expertmesh.routing.placement.static import IntArray
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # Ray uses pydantic in a way that pydantic gives up
@@ -78,10 +79,10 @@ def write_checkpoint(folder: Path) -> Path:
     return folder
 
 
-def shard_report(index: int) -> ShardReport:
+def shard_report(index: int, held: IntArray) -> ShardReport:
     stats = asdict(ServerStats(frames=9, batches=7, pairs=1234 + index, busy_s=2.5, refused=1, connections=2))
     target = Target(f"shard-{index}", NODE, (f"tcp://127.0.0.1:{9000 + index}",))
-    return ShardReport(target.shard, target, {**stats, "bytes_read": 6144})
+    return ShardReport(target.shard, target, held, stats={**stats, "bytes_read": 6144})
 
 
 def attention_report() -> AttentionReport:
@@ -140,8 +141,9 @@ def controller(tmp_path: Path) -> Controller:
 
     async def fill() -> None:
         for index in range(2):
-            await controller.join(JoinRequest(f"shard-{index}", NODE))
-            await controller.heartbeat(shard_report(index))
+            lease = await controller.join(JoinRequest(f"shard-{index}", NODE))
+            assert lease is not None
+            await controller.heartbeat(shard_report(index, lease.slots))
         await controller.report(attention_report())
 
     asyncio.run(fill())

@@ -540,7 +540,8 @@ def values(node: dict[str, Any]) -> st.SearchStrategy[Any]:
             return st.integers(node["minimum"], node.get("maximum", 2**40))
         case "number":
             low = node.get("minimum", node.get("exclusiveMinimum"))
-            return st.floats(low, 1e18, exclude_min="minimum" not in node)
+            high = node.get("exclusiveMaximum", 1e18)
+            return st.floats(low, high, exclude_min="minimum" not in node, exclude_max=True)
         case "string":
             return st.just("127.0.0.1") if str(node.get("title")).endswith("Host") else st.text(min_size=1)
         case "object" if "properties" in node:

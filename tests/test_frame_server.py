@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import os
+import resource
 import select
 import socket
 import threading
@@ -197,6 +198,47 @@ def test_clients_that_do_not_finish_the_handshake_stall_nobody_who_has(serve: Se
         assert not data_plane_threads()
 
 
+def test_silent_clients_do_not_keep_others_from_connecting(serve: Serve, open_client: Open) -> None:
+    """Many more than handshakes that run at once: the oldest are given up, at once and not after their timeout."""
+    server = serve()
+    with contextlib.ExitStack() as stack:
+        silent = []
+        for _ in range(3):
+            for _ in range(40):
+                silent.append(stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)))
+                silent[-1].settimeout(10)
+                silent[-1].connect("\0" + server.address.name)
+            sock, _ = connect(server.address, SECRET, 4)  # less than a handshake may take
+            stack.enter_context(sock).settimeout(10)
+            ask(sock)
+            assert is_right(sock)
+        eventually(lambda: len(server.server._greeting) == 63, "the newest are still waited for")
+        silent[0].recv(4096)  # the challenge
+        assert is_closed(silent[0])
+
+
+def test_a_process_without_descriptors_serves_on_and_accepts_later(serve: Serve, open_client: Open) -> None:
+    server = serve()
+    fine = open_client(server)
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.ExitStack() as stack:
+        late = stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
+        late.settimeout(10)
+        lowest = os.dup(0)  # the lowest free number: none is free below it while it is open
+        stack.callback(os.close, lowest)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (lowest, limits[1]))
+        try:
+            late.connect("\0" + server.address.name)
+            eventually(lambda: server.server._resume_at is not None, "accept fails")
+            for frame in range(50):
+                ask(fine, frame=frame)
+                assert is_right(fine, frame=frame)
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+        assert late.recv(4) == b"XMA1"
+        assert server.server.alive
+
+
 def test_a_client_without_the_secret_gets_no_answer(serve: Serve, open_client: Open) -> None:
     server = serve()
     with pytest.raises(WireError, match="secrets differ"):
@@ -250,6 +292,43 @@ def test_words_of_any_kind_are_answered(serve: Serve, open_client: Open, error: 
     assert is_right(sock)
 
 
+class Misshapen:
+    """Answers with what can't be sent: too few rows, another dtype, or in pieces."""
+
+    def __init__(self, y: torch.Tensor) -> None:
+        self.y = y
+
+    def compute(self, layer: int, body: DispatchBody) -> torch.Tensor:
+        """As `Kernel.compute`, but wrong."""
+        return self.y
+
+
+@pytest.mark.parametrize(
+    "y",
+    [X[:2], X.double(), X.view(torch.int32), X.t().contiguous().t(), torch.empty(3, WIDTH, device="meta")],
+    ids=["too few rows", "too many bytes", "another dtype", "not contiguous", "not here"],
+)
+def test_a_kernels_output_is_checked_before_its_bytes_are_read(
+    serve: Serve, open_client: Open, y: torch.Tensor
+) -> None:
+    sock = open_client(serve(Misshapen(y)))
+    ask(sock)
+    header, body = read_frame(sock)
+    assert header.kind is Kind.ERROR
+    assert "the kernel answered (3, 16) in torch.float32 with" in parse_error(header, body)
+
+
+class Clock:
+    """A clock that only kernels advance."""
+
+    def __init__(self) -> None:
+        self.ns = 0
+
+    def __call__(self) -> int:
+        """Nanoseconds."""
+        return self.ns
+
+
 class Gathered:
     """Frames of several clients that all wait when the kernel becomes free."""
 
@@ -274,6 +353,31 @@ class Gathered:
         finally:
             self.kernel.gate.set()
         assert is_right(self._first)
+
+
+class Timed(TorchKernel):
+    """Takes 3 ms for every call."""
+
+    clock: Clock
+
+    def compute(self, layer: int, body: DispatchBody) -> torch.Tensor:
+        """As `Kernel.compute`."""
+        self.clock.ns += 3_000_000
+        return super().compute(layer, body)
+
+
+def test_answers_tell_what_was_computed_and_waited(serve: Serve, open_client: Open) -> None:
+    """Frames that come while another is computed have waited half of that; in a batch each has its part."""
+    kernel = everything(Timed)
+    assert isinstance(kernel, Timed)
+    kernel.clock = Clock()
+    gathered = Gathered(serve(kernel, clock_ns=kernel.clock), open_client, 3)
+    with gathered.while_it_computes():
+        for frame, sock in enumerate(gathered.clients):
+            ask(sock, frame=frame, layer=LAYERS[frame == 2])
+    answers = [read_frame(sock)[0] for sock in gathered.clients]
+    assert [answer.computed_us for answer in answers] == [1500, 1500, 3000]
+    assert [answer.waited_us for answer in answers] == [3000, 3000, 4500]
 
 
 def test_a_bad_frame_among_good_ones_fails_alone(serve: Serve, open_client: Open) -> None:

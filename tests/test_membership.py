@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from expertmesh.deployments.controller.membership import Membership
-from expertmesh.deployments.messages import AttentionReport, JoinRequest, Lease, ShardReport
+from expertmesh.deployments.messages import AttentionReport, JoinRequest, Lease, Orders, ShardReport
 from expertmesh.routing.placement import Target, even_slots
 
 LAYERS, EXPERTS, SHARDS, TIMEOUT_S = (0, 2), 6, 3, 10.0
@@ -32,8 +32,11 @@ def target(shard: str) -> Target:
     return Target(shard, "node", (f"unix:@{shard}",))
 
 
-def serving(shard: str, **stats: Any) -> ShardReport:
-    return ShardReport(shard, target(shard), stats)
+def beat(members: Membership, shard: str, **stats: Any) -> Orders | None:
+    """A heartbeat of a shard that serves what it was leased."""
+    member = members.shards.get(shard)
+    held = members.slots[member.index].copy() if member is not None else None
+    return members.heartbeat(ShardReport(shard, target(shard), held, stats=stats))
 
 
 def attention(replica: str, loads: Any = None, epoch: int = 0) -> AttentionReport:
@@ -52,13 +55,13 @@ def members(clock: Clock) -> Membership:
 
 
 def join(members: Membership, shard: str, held: int | None = None, seen: int = 0) -> Lease | None:
-    return members.join(JoinRequest(shard, "node", held, seen))
+    return members.join(JoinRequest(shard, "node", held, seen_epoch=seen))
 
 
 def bring_up(members: Membership, *shards: str) -> None:
     for shard in shards:
         assert join(members, shard) is not None
-        assert members.heartbeat(serving(shard))
+        assert beat(members, shard)
 
 
 def test_each_shard_gets_experts_of_its_own(members: Membership) -> None:
@@ -80,7 +83,7 @@ def test_a_shard_that_asks_twice_has_one_lease(members: Membership) -> None:
 def test_one_too_many_stands_by_until_an_index_is_free(members: Membership) -> None:
     bring_up(members, "a", "b", "c")
     assert join(members, "d") is None
-    assert not members.heartbeat(serving("d"))
+    assert not beat(members, "d")
     assert members.table().missing == 0
     assert "d" not in {t.shard for t in members.table().targets}
     members.leave("b")
@@ -95,11 +98,11 @@ def test_a_shard_is_in_the_table_while_it_serves(members: Membership) -> None:
     assert members.table().targets == ()
     assert members.table().missing == len(LAYERS) * EXPERTS
     assert members.epoch == 0, "nothing changed for dispatchers"
-    assert members.heartbeat(serving("a"))
+    assert beat(members, "a")
     assert members.table().targets == (target("a"),)
     epoch = members.epoch
     assert epoch > 0
-    assert members.heartbeat(serving("a", pairs=3))
+    assert beat(members, "a", pairs=3)
     assert members.epoch == epoch, "the same again"
     assert members.shards["a"].stats == {"pairs": 3}
     members.leave("a")
@@ -124,14 +127,14 @@ def test_who_is_not_heard_of_is_dropped(members: Membership, clock: Clock) -> No
     epoch = members.epoch
     clock.now += TIMEOUT_S
     assert members.expire() == []
-    assert members.heartbeat(serving("b"))
+    assert beat(members, "b")
     clock.now += 0.001
     assert sorted(members.expire()) == ["a", "x"]
     assert members.epoch > epoch
     assert members.table().targets == (target("b"),)
     assert members.attention == {}
     assert members.expire() == []
-    assert not members.heartbeat(serving("a")), "it must join again"
+    assert not beat(members, "a"), "it must join again"
     lease = join(members, "a", held=0)
     assert lease is not None
     assert lease.index == 0
@@ -170,13 +173,13 @@ def test_a_new_controller_gives_back_what_was_held_and_goes_on_above_every_epoch
     old.leave("b")  # told to the attention replica, not to the shards any more
     told = old.epoch
     new = Membership(LAYERS, EXPERTS, SLOTS, TIMEOUT_S, clock)
-    assert not new.heartbeat(serving("c"))
+    assert not beat(new, "c")
     for shard, held in (("c", 2), ("a", 0)):
         lease = join(new, shard, held=held, seen=seen)
         assert lease is not None
         assert lease.index == held
         assert lease.epoch > seen
-        assert new.heartbeat(serving(shard))
+        assert beat(new, shard)
     new.report(attention("x", epoch=told))
     assert new.epoch > told, "an attention replica that has seen `told` would not take this table"
     assert new.table().targets == (target("a"), target("c"))
@@ -274,7 +277,7 @@ class Life(RuleBasedStateMachine):
     @rule(shard=shards)
     def shard_beats(self, shard: str) -> None:
         """A shard that has loaded reports."""
-        if shard in self.held and self.members.heartbeat(serving(shard)):
+        if shard in self.held and beat(self.members, shard):
             self.seen[shard] = self.members.epoch
 
     @rule(shard=shards)

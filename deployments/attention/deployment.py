@@ -109,6 +109,7 @@ class AttentionReplica:
                 table = RoutingTable.from_json(text)
                 self._mailbox.publish(table)
                 self._epoch = table.epoch
+                await self._report()  # a drain waits for it
 
     async def _report_forever(self) -> None:
         while True:

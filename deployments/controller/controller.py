@@ -1,21 +1,36 @@
-"""The controller deployment: one replica around `Membership`."""
+"""The controller deployment: one replica around `Membership`, `Replacement` and `Planner`."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
 import time
+from collections.abc import Iterable, Sequence
 from typing import Any
 
-from expertmesh.deployments.controller.membership import Membership
-from expertmesh.deployments.messages import AttentionReport, JoinRequest, Lease, ShardReport
+import numpy as np
+
+from expertmesh.deployments.controller.membership import Membership, ShardMember
+from expertmesh.deployments.controller.planner import (
+    Planner,
+    Situation,
+    measured_rates,
+    predicted_balancedness,
+    without_staging,
+)
+from expertmesh.deployments.controller.replacement import Replacement
+from expertmesh.deployments.messages import AttentionReport, JoinRequest, Lease, Orders, ShardReport
 from expertmesh.deployments.runtime import prepare_replica
 from expertmesh.platform.checkpoints import checkpoint_revision, expert_layout, open_checkpoint
 from expertmesh.platform.checkpoints.source import model_folder
 from expertmesh.platform.config import MeshConfig
-from expertmesh.routing.placement import even_slots
+from expertmesh.routing.placement import Limits, Move, even_slots, loaded_slots, slots_per_shard
+from expertmesh.routing.placement.static import IntArray
 
 log = logging.getLogger("expertmesh.controller")
+
+_LOADING_BYTES_A_SECOND = 1e9
+"""Assumed until a shard has measured it."""
 
 
 class Controller:
@@ -26,37 +41,53 @@ class Controller:
         checkpoint = open_checkpoint(model_folder(config.model))
         layout = expert_layout(checkpoint)
         meshed = config.experts.mode == "mesh"
-        shards = config.experts.shards if meshed else 1
-        slots = even_slots(len(layout.layers), layout.num_experts, shards, config.experts.redundancy if meshed else 1)
+        shards, redundancy = (config.experts.shards, config.experts.redundancy) if meshed else (1, 1)
+        rebalance = config.routing.rebalance
+        slots = initial_slots(
+            len(layout.layers),
+            layout.num_experts,
+            shards,
+            redundancy,
+            spare=config.experts.spare_slots,
+            staging=meshed and rebalance.enabled,
+        )
         self._config = config
         self._revision = checkpoint_revision(checkpoint)
         self._expert_bytes = layout.total_expert_bytes
+        self._logical_experts = max(1, len(layout.layers) * layout.num_experts)
         timeout_s = config.experts.heartbeat_timeout_s
         self._members = Membership(layout.layers, layout.num_experts, slots, timeout_s, time.monotonic)
+        self._replacement = Replacement(self._members, redundancy)
+        limits = Limits(1, rebalance.moves, horizon_s=rebalance.horizon_s, least_gain=rebalance.least_gain)
+        self._planner = Planner(len(layout.layers), layout.num_experts, redundancy, rebalance.half_life_s, limits)
+        self._staging = meshed and rebalance.enabled
+        self._frozen = False
+        self._balancedness = 1.0
+        self._counted: dict[str, tuple[int, float]] = {}
+        """`pairs` and `busy_s` of each shard when a plan was last made."""
         self._changed = asyncio.Event()
+        self._announced = 0
         self._started = time.monotonic()
-        self._expiry: asyncio.Task[None] | None = None
+        self._tasks: list[asyncio.Task[None]] = []
 
     # -- shards -------------------------------------------------------------------------------------------------
 
     async def join(self, request: JoinRequest) -> Lease | None:
         """A lease of experts; None while all are taken: ask again."""
-        self._watch_expiry()
+        self._keep_house()
         return self._members.join(request)
 
-    async def heartbeat(self, report: ShardReport) -> int | None:
-        """Takes a shard's report; the current epoch, or None if the shard must join (again)."""
-        before = self._members.epoch
-        if not self._members.heartbeat(report):
+    async def heartbeat(self, report: ShardReport) -> Orders | None:
+        """Takes a shard's report; what it is to hold, or None if the shard must join (again)."""
+        if self._members.heartbeat(report) is None:
             return None
-        if self._members.epoch != before:
-            self._announce()
-        return self._members.epoch
+        self._follow_up()
+        return self._members.heartbeat(report)  # what follows from the report may be orders for the one who sent it
 
     async def leave(self, shard: str) -> None:
         """A shard goes: its experts are for the next one that joins."""
         self._members.leave(shard)
-        self._announce()
+        self._follow_up()
 
     # -- attention replicas -------------------------------------------------------------------------------------
 
@@ -83,8 +114,9 @@ class Controller:
 
     async def report(self, report: AttentionReport) -> None:
         """Takes an attention replica's report."""
-        self._watch_expiry()
+        self._keep_house()
         self._members.report(report)
+        self._follow_up()
 
     # -- admin --------------------------------------------------------------------------------------------------
 
@@ -132,13 +164,17 @@ class Controller:
                 "redundancy": table.redundancy if meshed else 0,
                 "missing_experts": table.missing if meshed else 0,
                 "expert_bytes": self._expert_bytes,
+                "balancedness": round(self._balancedness, 4),
+                "moves": len(self._replacement.running),
+                "frozen": self._frozen,
             },
             "attention": attention,
             "shards": shards,
         }
 
     async def placement(self) -> dict[str, Any]:
-        """Expert ids in each slot: `slots[shard index][layer][slot]`, -1 empty, and which shard serves each index."""
+        """Expert ids in each slot: `slots[shard index][layer][slot]`, -1 empty, and which shard serves each index; the
+        moves on their way and those that ended lately."""
         members = self._members
         return {
             "epoch": members.epoch,
@@ -146,29 +182,141 @@ class Controller:
             "experts": members.num_experts,
             "shards": {str(m.index): m.shard for m in members.shards.values() if m.target is not None},
             "slots": members.slots.tolist(),
+            "frozen": self._frozen,
+            "running": [str(move) for move in self._replacement.running],
+            "ended": [str(move) for move in self._replacement.ended],
         }
 
+    async def plan(self) -> dict[str, Any]:
+        """The moves that would pay now, in words, and balancedness as it is; nothing is carried out."""
+        moves = await self._planned()
+        return {"moves": [str(move) for move in moves], "balancedness": round(self._balancedness, 4)}
+
+    async def apply(self) -> dict[str, Any]:
+        """Plans now, also when frozen, and begins to carry it out; `moves` is empty if nothing pays.
+
+        Raises ValueError where shards have no staging slots (routing.rebalance.enabled), or while another plan is being
+        carried out.
+        """
+        if not self._staging:
+            raise ValueError("routing.rebalance.enabled is false: shards have no slot to load into")
+        if self._replacement.busy:
+            raise ValueError("another plan is being carried out; `placement show` lists its moves")
+        moves = await self._planned()
+        self._begin(moves)
+        return {"moves": [str(move) for move in moves], "balancedness": round(self._balancedness, 4)}
+
+    async def freeze(self, frozen: bool) -> dict[str, Any]:
+        """Stops re-placing by itself, or starts again. Moves on their way are finished."""
+        self._frozen = frozen
+        return {"frozen": frozen}
+
     async def loads(self) -> dict[str, Any]:
-        """Tokens dispatched: `tokens[layer][expert]`, and pairs computed by each shard."""
+        """Tokens dispatched: `tokens[layer][expert]`, lately `rows_a_second[layer][expert]`; layers in which traffic
+        has just shifted; pairs computed by each shard."""
+        layers = self._members.layers
         return {
-            "layers": list(self._members.layers),
+            "layers": list(layers),
             "tokens": self._members.loads().tolist(),
+            "rows_a_second": self._planner.loads.rows_a_second.round(3).tolist(),
+            "shifted": [layers[position] for position in self._planner.shifted],
             "by_shard": {m.shard: int(m.stats.get("pairs", 0)) for m in self._members.shards.values()},
         }
 
+    # -- re-placement -------------------------------------------------------------------------------------------
+
+    def _situation(self) -> Situation:
+        members = self._members
+        serving = members.serving()
+        ready = np.zeros(len(members.slots), dtype=bool)
+        ready[list(serving)] = True
+        return Situation(
+            slots=without_staging(members.slots) if self._staging else members.slots.copy(),
+            loads=self._planner.loads.rows_a_second,
+            rates=measured_rates({index: self._lately(m) for index, m in serving.items()}, len(members.slots)),
+            ready=ready,
+            expert_bytes=self._expert_bytes // self._logical_experts,
+            bytes_a_second=_bandwidth(serving.values()),
+        )
+
+    def _lately(self, member: ShardMember) -> dict[str, float]:
+        pairs, busy_s = self._counted.get(member.shard, (0, 0.0))
+        return {"pairs": member.stats.get("pairs", 0) - pairs, "busy_s": member.stats.get("busy_s", 0.0) - busy_s}
+
+    async def _planned(self) -> list[Move]:
+        situation = self._situation()
+        self._counted = {
+            m.shard: (m.stats.get("pairs", 0), m.stats.get("busy_s", 0.0)) for m in self._members.shards.values()
+        }
+
+        def work() -> tuple[list[Move], float]:
+            return self._planner.moves(situation), predicted_balancedness(situation)
+
+        moves, self._balancedness = await asyncio.to_thread(work)
+        return moves
+
+    def _begin(self, moves: Sequence[Move]) -> None:
+        if moves and not self._replacement.busy:
+            self._replacement.start(moves)
+            self._follow_up()
+
+    async def _rebalance_forever(self) -> None:
+        while True:
+            await asyncio.sleep(self._config.routing.rebalance.interval_s)
+            try:
+                if self._planner.observe(self._members.loads(), time.monotonic()):
+                    log.info("traffic has shifted in %d layers", len(self._planner.shifted))
+                if not self._replacement.busy:
+                    moves = await self._planned()
+                    self._begin([] if self._frozen else moves)
+            except Exception:  # a bug in planning must not end it: serving doesn't depend on it
+                log.exception("no plan was made")
+
     # -- housekeeping -------------------------------------------------------------------------------------------
 
-    def _announce(self) -> None:
-        changed, self._changed = self._changed, asyncio.Event()
-        changed.set()
+    def _follow_up(self) -> None:
+        """To be called when something has changed: moves go on, watchers get the new table."""
+        self._replacement.advance()
+        if self._members.epoch != self._announced:
+            self._announced = self._members.epoch
+            changed, self._changed = self._changed, asyncio.Event()
+            changed.set()
 
-    def _watch_expiry(self) -> None:
-        if self._expiry is None or self._expiry.done():
-            self._expiry = asyncio.get_running_loop().create_task(self._expire_forever())
+    def _keep_house(self) -> None:
+        if self._tasks and not any(task.done() for task in self._tasks):
+            return
+        for task in self._tasks:
+            task.cancel()
+        loop = asyncio.get_running_loop()
+        self._tasks = [loop.create_task(self._expire_forever())]
+        if self._staging:
+            self._tasks.append(loop.create_task(self._rebalance_forever()))
 
     async def _expire_forever(self) -> None:
         while True:
             await asyncio.sleep(self._config.experts.heartbeat_interval_s)
             if gone := self._members.expire():
                 log.warning("not heard of for %g s: %s", self._config.experts.heartbeat_timeout_s, ", ".join(gone))
-                self._announce()
+                self._follow_up()
+
+
+def initial_slots(layers: int, experts: int, shards: int, redundancy: int, spare: int, staging: bool) -> IntArray:
+    """[shards, layers, slots] expert ids of a start without known loads; -1 where a slot is empty.
+
+    spare: slots of each shard and layer for more copies than redundancy asks for; staging: whether there is one more,
+    always empty.
+    """
+    slots = even_slots(layers, experts, shards, redundancy)
+    if spare:
+        width = min(slots_per_shard(experts, shards, redundancy) + spare, experts)
+        slots = loaded_slots(np.ones((layers, experts)), shards, width, redundancy)
+    return np.pad(slots, ((0, 0), (0, 0), (0, int(staging))), constant_values=-1)
+
+
+def _bandwidth(members: Iterable[ShardMember]) -> float:
+    """Bytes a second at which shards read experts, over all that they have read."""
+    read, seconds = 0, 0.0
+    for member in members:
+        read += member.stats.get("bytes_read", 0)
+        seconds += member.stats.get("load_s", 0.0)
+    return read / seconds if read and seconds else _LOADING_BYTES_A_SECOND

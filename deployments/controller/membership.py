@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from expertmesh.deployments.messages import AttentionReport, JoinRequest, Lease, ShardReport
+from expertmesh.deployments.messages import AttentionReport, JoinRequest, Lease, Orders, ShardReport
 from expertmesh.routing.placement import RoutingTable, Target, build_table
 from expertmesh.routing.placement.static import IntArray
 
@@ -26,6 +26,10 @@ class ShardMember:
     index: int
     seen: float
     target: Target | None = None
+    held: IntArray | None = None
+    """[layers, slots] what it says that it serves."""
+    failure: str = ""
+    """Why it could not load what it is ordered to hold now."""
     stats: dict[str, Any] = field(default_factory=dict)
 
 
@@ -40,16 +44,19 @@ class AttentionMember:
 class Membership:
     """Leases the placement's shards to processes and publishes who serves.
 
-    The epoch grows whenever the set of serving shards changes, and is always above any that a member has seen.
+    The epoch grows whenever what is served changes, and is always above any that a member has seen.
     """
 
     def __init__(
         self, layers: tuple[int, ...], num_experts: int, slots: IntArray, timeout_s: float, clock: Clock
     ) -> None:
-        """slots: [shards, layers, slots] (`even_slots`). `expire` drops members not heard of for `timeout_s`."""
+        """slots: [shards, layers, slots] what each shard is to hold. `expire` drops members not heard of for
+        `timeout_s`."""
         self.layers = layers
         self.num_experts = num_experts
-        self.slots = slots
+        self.slots = slots.copy()
+        self.withdrawn = np.zeros(slots.shape, dtype=bool)
+        """Slots that shards still hold and that are served no more."""
         self.epoch = 0
         self.shards: dict[str, ShardMember] = {}
         self.attention: dict[str, AttentionMember] = {}
@@ -69,21 +76,29 @@ class Membership:
             if not free or (request.held_index is not None and request.held_index not in free):
                 return None
             index = free[0] if request.held_index is None else request.held_index
+            if request.held is not None and request.held.shape == self.slots[index].shape:
+                # The controller was away: what the shard serves is the placement, not what a fresh start would lease.
+                self.slots[index] = request.held
+                self.withdrawn[index] = False
             member = self.shards[request.shard] = ShardMember(request.shard, request.node, index, self._clock())
         member.seen = self._clock()
-        return Lease(member.index, self.slots[member.index], self.epoch)
+        return Lease(member.index, self.slots[member.index].copy(), self.epoch)
 
-    def heartbeat(self, report: ShardReport) -> bool:
-        """Takes a shard's report; False if it holds no lease and must join (again)."""
+    def heartbeat(self, report: ShardReport) -> Orders | None:
+        """Takes a shard's report; what it is to hold, or None if it holds no lease and must join (again)."""
         member = self.shards.get(report.shard)
         if member is None:
-            return False
+            return None
         member.seen = self._clock()
         member.stats = report.stats
-        if member.target != report.target:
-            member.target = report.target
+        ordered = self.slots[member.index]
+        member.failure = report.failure if report.failed is not None and np.array_equal(report.failed, ordered) else ""
+        served = self._served(member)
+        member.target, member.held = report.target, report.held
+        if not np.array_equal(served, self._served(member)):
             self.epoch += 1
-        return True
+        as_ordered = report.held is None or np.array_equal(report.held, ordered)
+        return Orders(self.epoch, None if as_ordered else ordered.copy())
 
     def leave(self, shard: str) -> None:
         """Frees a shard's index; does nothing for one that has none."""
@@ -112,10 +127,37 @@ class Membership:
             self._retired_loads += self._away.pop(next(iter(self._away)))
         return shards + replicas
 
+    # -- placement ----------------------------------------------------------------------------------------------
+
+    def withdraw(self, index: int, layer: int, slot: int) -> None:
+        """Takes a copy out of the routing table; the shard holds it on for those who still go by an older one."""
+        self.withdrawn[index, layer, slot] = True
+        self.epoch += 1
+
+    def free(self, index: int, layer: int, slot: int) -> None:
+        """Orders a slot to be emptied."""
+        served = index in self.serving() and not self.withdrawn[index, layer, slot]
+        self.slots[index, layer, slot] = -1
+        self.withdrawn[index, layer, slot] = False
+        if served:
+            self.epoch += 1
+
+    def serving(self) -> dict[int, ShardMember]:
+        """The shards that serve now, by their index in `slots`."""
+        return {m.index: m for m in self.shards.values() if m.target is not None}
+
+    def copies(self, layer: int, expert: int) -> int:
+        """Number of shards that serve an expert now; layer: its position in `layers`."""
+        return sum(expert in self._served(member)[layer] for member in self.serving().values())
+
     def table(self) -> RoutingTable:
         """The routing table of the shards that serve now."""
-        ready = {m.index: m.target for m in self.shards.values() if m.target is not None}
-        return build_table(self.epoch, self.layers, self.num_experts, self.slots, ready)
+        serving = self.serving()
+        slots = np.full_like(self.slots, -1)
+        for index, member in serving.items():
+            slots[index] = self._served(member)
+        ready = {index: m.target for index, m in serving.items() if m.target is not None}
+        return build_table(self.epoch, self.layers, self.num_experts, slots, ready)
 
     def loads(self) -> np.ndarray[Any, np.dtype[np.int64]]:
         """Tokens dispatched to each expert since the controller started: [layers, experts]."""
@@ -126,6 +168,13 @@ class Membership:
             if member.report.loads is not None:
                 total += member.report.loads
         return total
+
+    def _served(self, member: ShardMember) -> IntArray:
+        """[layers, slots] what of its lease a shard serves: what it has loaded and has not been withdrawn."""
+        ordered: IntArray = self.slots[member.index]
+        if member.target is None or member.held is None:
+            return np.full_like(ordered, -1)
+        return np.where((member.held == ordered) & ~self.withdrawn[member.index], ordered, np.int32(-1))
 
     def _exceed(self, seen: int) -> None:
         """Goes above an epoch that a controller before this one gave out: its table of that epoch was another."""

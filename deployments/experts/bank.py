@@ -3,6 +3,9 @@
 vLLM builds the whole model with as many experts as the shard has slots, everything on the meta device but the routed
 experts (routing.vllm_plugin, role `shard`), and its own `load_weights` maps the tensors. So kernels, activations,
 biases, fused layouts and quantised formats are vLLM's, for every model family that it knows, without a table here.
+
+An expert that comes later takes the same way: a second, small model with just its slot is built beside the serving
+one, loaded and processed, and its rows are copied over while no batch is computed.
 """
 
 from __future__ import annotations
@@ -10,11 +13,13 @@ from __future__ import annotations
 import logging
 import re
 import tempfile
-from collections.abc import Callable, Iterator
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import torch
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.distributed import init_distributed_environment, initialize_model_parallel
@@ -67,7 +72,8 @@ def _for_slots(slots: int) -> Callable[[Any], Any]:
 class ExpertBank:
     """The kernel of a shard: `compute` for the experts in its slots.
 
-    slots: [layers, slots] expert ids, -1 where a slot is empty, layers as in `layout.layers`.
+    slots: [layers, slots] expert ids, -1 where a slot is empty, layers as in `layout.layers`. `compute` and `load` may
+    run in different threads.
     """
 
     def __init__(
@@ -77,20 +83,64 @@ class ExpertBank:
         torch.set_num_threads(threads)
         self._checkpoint = checkpoint
         self._layout = layout
+        self._dtype = dtype
+        self._slots = slots.copy()
+        self._computing = threading.Lock()
         self._open = ExitStack()
         load_general_plugins()
         if hasattr(current_platform, "import_kernels"):
             current_platform.import_kernels()
-        config = self._engine_config(slots.shape[1], dtype)
+        config = self._engine_config(slots.shape[1], layout.layers)
         self.dtype = str(config.model_config.dtype).removeprefix("torch.")
         self.width = int(config.model_config.get_hidden_size())
-        modules = self._build(config, slots)
-        self._modules = {layer: modules[layer] for layer in layout.layers}
-        self._slot_of = self._lookup(slots)
+        self._modules = self._build(config, dict(zip(layout.layers, slots.tolist(), strict=True)))
+        self._slot_of = {layer: self._lookup(held) for layer, held in zip(layout.layers, slots, strict=True)}
         self._open.enter_context(set_forward_context(None, config))
+
+    @property
+    def slots(self) -> IntArray:
+        """The experts that are served now: [layers, slots] expert ids, -1 where a slot is empty."""
+        return self._slots.copy()
+
+    def load(self, wanted: IntArray) -> None:
+        """Makes `wanted` [layers, slots] what is held, reading just the experts that are new; takes seconds.
+
+        Computing goes on meanwhile. Experts that go are refused from the beginning on, those that come are served from
+        the end on. Raises CheckpointError if a tensor does not arrive; what was to go is gone then, nothing has come.
+        """
+        changed = np.argwhere(self._slots != wanted).tolist()
+        with self._computing:
+            for layer, slot in changed:
+                self._put(layer, slot, -1)
+        fresh: dict[int, list[int]] = {}
+        for layer, slot in changed:
+            if wanted[layer, slot] >= 0:
+                fresh.setdefault(layer, []).append(slot)
+        if not fresh:
+            return
+        width = max(map(len, fresh.values()))
+        layers = self._layout.layers
+        staged_slots = {
+            layers[layer]: [int(wanted[layer, slot]) for slot in slots] + [-1] * (width - len(slots))
+            for layer, slots in fresh.items()
+        }
+        staged = self._build(self._engine_config(width, tuple(staged_slots)), staged_slots)
+        for layer, slots in fresh.items():
+            for row, slot in enumerate(slots):
+                with self._computing:  # one expert at a time: no batch waits for more
+                    _copy_expert(staged[layers[layer]], row, self._modules[layers[layer]], slot)
+                    self._put(layer, slot, int(wanted[layer, slot]))
+
+    def _put(self, layer: int, slot: int, expert: int) -> None:
+        self._slots[layer, slot] = expert
+        self._slot_of[self._layout.layers[layer]] = self._lookup(self._slots[layer])
 
     def compute(self, layer: int, body: DispatchBody) -> torch.Tensor:
         """y [R, H]: for each row the weighted sum over the pairs that name it. Raises NotHeld, naming the experts."""
+        with self._computing:
+            return self._compute(layer, body)
+
+    def _compute(self, layer: int, body: DispatchBody) -> torch.Tensor:
         lookup = self._slot_of.get(layer)
         if lookup is None:
             raise NotHeld(f"layer {layer} has no routed experts")
@@ -108,30 +158,34 @@ class ExpertBank:
         """Leaves vLLM's forward context; the weights go with the object."""
         self._open.close()
 
-    def _engine_config(self, slots: int, dtype: str) -> VllmConfig:
+    def _engine_config(self, slots: int, layers: tuple[int, ...]) -> VllmConfig:
+        """For `slots` slots in each of `layers`; the experts of other layers stay on the meta device."""
         arguments = EngineArgs(
             model=str(self._checkpoint.folder),
             skip_tokenizer_init=True,
-            dtype=dtype,  # type: ignore[arg-type]  # one of ours, checked by the config
+            dtype=self._dtype,  # type: ignore[arg-type]  # one of ours, checked by the config
             enforce_eager=True,
             max_model_len=128,
             hf_overrides=_for_slots(slots),
-            additional_config=MeshSettings(Role.SHARD).to_additional_config(),
+            additional_config=MeshSettings(Role.SHARD, layers=layers).to_additional_config(),
         )
         return arguments.create_engine_config()
 
-    def _build(self, config: VllmConfig, slots: IntArray) -> dict[int, RoutedExperts]:
+    def _build(self, config: VllmConfig, slots: Mapping[int, Sequence[int]]) -> dict[int, RoutedExperts]:
+        """Modules with the experts of `slots` (layer -> expert id in each slot, -1 for none), loaded and processed."""
         with set_current_vllm_config(config):
             _init_single_process()
             with set_default_torch_dtype(cast("torch.dtype", config.model_config.dtype)), torch.device("meta"):
                 model = initialize_model(vllm_config=config, model_config=config.model_config)
-            modules = {layer_number(m.layer_name): m for m in model.modules() if isinstance(m, RoutedExperts)}
-            if missing := set(self._layout.layers) - set(modules):
+            found = {layer_number(m.layer_name): m for m in model.modules() if isinstance(m, RoutedExperts)}
+            modules = {layer: found[layer] for layer in slots if layer in found}
+            if missing := set(slots) - set(modules):
                 raise CheckpointError(
                     f"vLLM builds no routed experts in layers {sorted(missing)} of {self._checkpoint.folder}"
                 )
             loaded = set(model.load_weights(self._weights(slots)) or ())
-            held = {f"{name}." for name, m in model.named_modules() if m in set(modules.values())}
+            used = {module for layer, module in modules.items() if max(slots[layer]) >= 0}
+            held = {f"{name}." for name, module in model.named_modules() if module in used}
             wanted = {name for name, _ in model.named_parameters() if any(name.startswith(prefix) for prefix in held)}
             if lacking := wanted - loaded:
                 raise CheckpointError(f"{self._checkpoint.folder} has no tensor for {sorted(lacking)[0]}")
@@ -140,28 +194,41 @@ class ExpertBank:
                 module._ensure_moe_quant_config_init()
         return modules
 
-    def _weights(self, slots: IntArray) -> Iterator[tuple[str, torch.Tensor]]:
-        """The tensors of the leased experts, named as if slot numbers were expert ids."""
-        for layer, held in zip(self._layout.layers, slots.tolist(), strict=True):
+    def _weights(self, slots: Mapping[int, Sequence[int]]) -> Iterator[tuple[str, torch.Tensor]]:
+        """The tensors of the experts in `slots`, named as if slot numbers were expert ids."""
+        for layer, held in slots.items():
             if self._layout.fused:
-                rows = [max(expert, 0) for expert in held]  # an empty slot needs a row of the right shape: never used
+                filled = [slot for slot, expert in enumerate(held) if expert >= 0]
                 for name in self._layout.names(layer, 0):
-                    yield name, self._checkpoint.read_rows(name, rows)
+                    rows = self._checkpoint.read_rows(name, [held[slot] for slot in filled])
+                    tensor = rows.new_zeros(len(held), *rows.shape[1:])
+                    tensor[filled] = rows
+                    yield name, tensor
                 continue
             for slot, expert in enumerate(held):
                 for name in self._layout.names(layer, expert) if expert >= 0 else ():
                     yield _EXPERT_PART.sub(rf"\g<1>{slot}", name), self._checkpoint.read(name)
 
-    def _lookup(self, slots: IntArray) -> dict[int, torch.Tensor]:
-        """layer -> [experts] int64: slot of each expert, -1 where it is not held."""
-        table: dict[int, torch.Tensor] = {}
-        for layer, held in zip(self._layout.layers, slots.tolist(), strict=True):
-            row = torch.full((self._layout.num_experts,), -1, dtype=torch.int64)
-            for slot, expert in enumerate(held):
-                if expert >= 0:
-                    row[expert] = slot
-            table[layer] = row
-        return table
+    def _lookup(self, held: IntArray) -> torch.Tensor:
+        """[experts] int64: slot of each expert in `held` [slots], -1 where it is not."""
+        row = torch.full((self._layout.num_experts,), -1, dtype=torch.int64)
+        for slot, expert in enumerate(held.tolist()):
+            if expert >= 0:
+                row[expert] = slot
+        return row
+
+
+def _copy_expert(source: RoutedExperts, row: int, target: RoutedExperts, slot: int) -> None:
+    """Copies one expert's part of every processed tensor. Raises CheckpointError for a tensor that has no such part."""
+    tensors = dict(target.named_parameters()) | dict(target.named_buffers())
+    for name, fresh in [*source.named_parameters(), *source.named_buffers()]:
+        held = tensors[name]
+        if not fresh.ndim or held.shape[1:] != fresh.shape[1:] or slot >= len(held) or row >= len(fresh):
+            raise CheckpointError(
+                f"{target.layer_name}: {name} of shape {tuple(held.shape)} has no part for one expert; "
+                "this format can't be re-placed while it serves (routing.rebalance.enabled: false)"
+            )
+        held.data[slot].copy_(fresh.data[row])
 
 
 Forward = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]

@@ -7,14 +7,16 @@ import logging
 from dataclasses import asdict
 from typing import Any
 
+import numpy as np
 from ray.serve.handle import DeploymentHandle
 
 from expertmesh.deployments.experts.shard import Shard, ShardSettings, new_shard_id
-from expertmesh.deployments.messages import JoinRequest, Lease, ShardReport
+from expertmesh.deployments.messages import JoinRequest, Lease, Orders, ShardReport
 from expertmesh.deployments.runtime import bind_host, mesh_secret, node_id, prepare_replica
 from expertmesh.platform.checkpoints.source import model_folder
 from expertmesh.platform.config import MeshConfig
 from expertmesh.routing.placement import Target
+from expertmesh.routing.placement.static import IntArray
 from expertmesh.routing.wire import Limits
 
 log = logging.getLogger("expertmesh.experts")
@@ -32,6 +34,8 @@ class ExpertShard:
         self._node = node_id()
         self._shard: Shard | None = None
         self._epoch = 0
+        self._failed: tuple[IntArray, str] | None = None
+        self._loading: asyncio.Task[None] | None = None
         self._lease = await self._join(None)
         self._beating = asyncio.get_running_loop().create_task(self._beat())
         try:
@@ -50,7 +54,8 @@ class ExpertShard:
 
     async def _join(self, held: int | None) -> Lease:
         while True:
-            request = JoinRequest(self._id, self._node, held, self._epoch)
+            slots = self._shard.slots if self._shard is not None else None
+            request = JoinRequest(self._id, self._node, held, slots, self._epoch)
             lease: Lease | None = await self._controller.join.remote(request)
             if lease is not None:
                 return lease
@@ -74,19 +79,37 @@ class ExpertShard:
     async def _report(self) -> None:
         shard = self._shard
         target = Target(self._id, self._node, tuple(shard.addresses)) if shard is not None else None
-        stats = {**asdict(shard.stats), "bytes_read": shard.bytes_read} if shard is not None else {}
+        held, stats = None, {}
+        if shard is not None:
+            held = shard.slots
+            stats = {**asdict(shard.stats), "bytes_read": shard.bytes_read, "load_s": shard.load_s}
+        failed, why = self._failed or (None, "")
         try:
-            epoch: int | None = await asyncio.wait_for(
-                self._controller.heartbeat.remote(ShardReport(self._id, target, stats)),
+            orders: Orders | None = await asyncio.wait_for(
+                self._controller.heartbeat.remote(ShardReport(self._id, target, held, failed, why, stats)),
                 self._config.experts.heartbeat_timeout_s,
             )
         except Exception as error:  # whatever keeps the controller away, serving goes on
             log.warning("shard %s can't reach the controller: %r", self._id, error)
             return
-        if epoch is None:
+        if orders is None:
             await self._join(self._lease.index)
         elif shard is not None:
-            self._epoch = shard.server.epoch = epoch
+            self._epoch = shard.server.epoch = orders.epoch
+            if orders.slots is not None and (self._loading is None or self._loading.done()):
+                self._loading = asyncio.get_running_loop().create_task(self._obey(shard, orders.slots))
+
+    async def _obey(self, shard: Shard, slots: IntArray) -> None:
+        """Loads what was ordered and says so; a failure is told once for the same orders."""
+        if self._failed is not None and np.array_equal(self._failed[0], slots):
+            return
+        try:
+            await asyncio.to_thread(shard.load, slots)
+            self._failed = None
+        except Exception as error:  # the shard serves on with what it has; the controller plans without this
+            log.exception("shard %s could not load what it was ordered to", self._id)
+            self._failed = (slots, f"{type(error).__name__}: {error}")
+        await self._report()
 
     def check_health(self) -> None:
         """Raises if the shard can't serve any more, so that Serve replaces it."""

@@ -7,6 +7,7 @@ which may be slow, happen elsewhere. A connection that breaks the protocol is cl
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import os
 import select
@@ -17,7 +18,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -25,21 +26,17 @@ from expertmesh.deployments.experts.connection import Connection
 from expertmesh.errors import WireError
 from expertmesh.routing.transport import Peer, challenge
 from expertmesh.routing.transport.sockets import accepted
-from expertmesh.routing.wire import (
-    Header,
-    Kind,
-    Limits,
-    combine_parts,
-    dtype_code,
-    error_parts,
-    parse_dispatch,
-)
-from expertmesh.routing.wire.frame import Buffer, DispatchBody
+from expertmesh.routing.wire import Limits
+from expertmesh.routing.wire.frame import DispatchBody
 
 log = logging.getLogger("expertmesh.experts")
 
 _HANDSHAKE_TIMEOUT_S = 5.0
-_HANDSHAKE_THREADS = 4
+_MAX_HANDSHAKES = 64
+"""At once. A genuine one takes milliseconds, so at the limit the oldest is one of a client that says nothing."""
+_ACCEPT_PAUSE_S = 0.1
+"""How long no connection is accepted after the process ran out of descriptors or memory for one."""
+_OUT_OF_RESOURCES = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 
 
 class Kernel(Protocol):
@@ -75,9 +72,6 @@ class ServerStats:
     """Open now."""
 
 
-_Job = tuple[Connection, Header, DispatchBody]
-
-
 class FrameServer:
     """Serves `kernel` on `listeners` from a thread of its own, from `start` to `stop`."""
 
@@ -89,26 +83,33 @@ class FrameServer:
         kernel: Kernel,
         limits: Limits,
         max_batch_rows: int = 8192,
+        clock_ns: Callable[[], int] = time.perf_counter_ns,
     ) -> None:
+        """clock_ns: what computing and waiting are measured with, in nanoseconds."""
         self.epoch = 0
         """Placement epoch that answers carry; set by the owner."""
         self._listeners = {sock.fileno(): sock for sock in listeners}
         self._secret = secret
         self._me = me
-        self._dtype = dtype_code(getattr(torch, me.dtype))
+        self._dtype: torch.dtype = getattr(torch, me.dtype)
         self._kernel = kernel
         self._limits = limits
         self._max_batch_rows = max_batch_rows
+        self._clock_ns = clock_ns
+        self._turn_began_ns = clock_ns()
         self._connections: dict[int, Connection] = {}
-        self._greeting: set[socket.socket] = set()
+        self._greeting: dict[socket.socket, None] = {}
+        """Sockets whose handshake is not over, oldest first."""
         self._fresh: deque[socket.socket] = deque()
         self._unread: list[Connection] = []
         """Those with more than one frame in their buffer, of which epoll knows nothing."""
         self._epoll = select.epoll()
+        self._resume_at: float | None = None
+        """`time.monotonic()` from which on connections are accepted again, if they are not now."""
         self._wake = os.eventfd(0, os.EFD_NONBLOCK)
         self._stopping = False
         self._stopped = False
-        self._handshakes = ThreadPoolExecutor(_HANDSHAKE_THREADS, thread_name_prefix="handshake")
+        self._handshakes = ThreadPoolExecutor(_MAX_HANDSHAKES, thread_name_prefix="handshake")
         self._thread = threading.Thread(target=self._run, name="data-plane", daemon=True)
         self._frames = self._batches = self._pairs = self._refused = self._busy_ns = 0
         self.failure: BaseException | None = None
@@ -135,7 +136,7 @@ class FrameServer:
                 sock.shutdown(socket.SHUT_RDWR)  # ends its handshake now instead of at the timeout
         self._handshakes.shutdown(cancel_futures=True)
         self._close_sockets()
-        for sock in self._greeting:
+        for sock in list(self._greeting):
             sock.close()
         self._epoll.close()
         os.close(self._wake)
@@ -144,7 +145,7 @@ class FrameServer:
         while self._fresh:
             self._fresh.popleft().close()
         for connection in self._connections.values():
-            connection.sock.close()
+            connection.close()
         self._connections.clear()
         for sock in self._listeners.values():
             sock.close()
@@ -167,59 +168,65 @@ class FrameServer:
         try:
             with torch.inference_mode():
                 while not self._stopping:
-                    self._turn(self._epoll.poll(0 if self._unread else None))
+                    self._turn()
         except BaseException as error:  # the replica's health check reports it and Serve restarts the shard
             self.failure = error
             log.exception("data plane of shard %s ended", self._me.shard)
         finally:
             self._close_sockets()  # dispatchers see it at once and go elsewhere
 
-    def _turn(self, events: list[tuple[int, int]]) -> None:
+    def _turn(self) -> None:
+        events = self._epoll.poll(0)
+        now = self._clock_ns()
+        earliest = self._turn_began_ns  # of what came while the last turn was busy
+        if not events and not self._unread:
+            events = self._epoll.poll(None if self._resume_at is None else _ACCEPT_PAUSE_S)
+            earliest = now = self._clock_ns()
+        self._turn_began_ns = now
         readable = dict.fromkeys(self._unread)
         for fd, event in events:
-            if fd in self._listeners:
-                self._accept(self._listeners[fd])
-            elif fd == self._wake:
-                os.eventfd_read(self._wake)
-                self._admit()
-            elif (connection := self._connections.get(fd)) is not None:
-                if event & select.EPOLLOUT:
-                    self._write(connection, connection.flush)
-                if event & ~select.EPOLLOUT:
-                    readable[connection] = None
-        jobs: list[_Job] = []
-        for connection in readable:  # one frame each, so that nobody who sends many keeps the others waiting
-            self._take(connection, jobs)
-        by_layer: dict[int, list[_Job]] = {}
+            connection = self._connections.get(fd)
+            if connection is None:
+                self._meet(fd)
+                continue
+            if event & select.EPOLLOUT:
+                self._write(connection, Connection.flush)
+            if event & ~select.EPOLLOUT:
+                readable[connection] = None
+        if self._resume_at is not None:
+            self._resume_accepting()
+        # One frame each, so that nobody who sends many keeps the others waiting.
+        jobs = [connection for connection in readable if self._has_frame(connection, earliest, now)]
+        if len(jobs) == 1:
+            self._serve(jobs)
+        elif jobs:
+            self._serve_all(jobs)
+        self._unread = [c for c in jobs if c.stream.has_input and c.sock.fileno() in self._connections]
+
+    def _has_frame(self, connection: Connection, earliest: int, now: int) -> bool:
+        # When it came nobody knows, but that it was later than the answer to the one before: in the middle, on average.
+        connection.arrived_ns = (max(earliest, connection.answered_ns) + now) // 2
+        try:
+            return connection.receive()
+        except WireError as error:
+            self._close(connection, error)
+            return False
+
+    def _serve_all(self, jobs: list[Connection]) -> None:
+        by_layer: dict[int, list[Connection]] = {}
         for job in jobs:
-            by_layer.setdefault(job[1].layer, []).append(job)
+            by_layer.setdefault(job.stream.layer, []).append(job)
         for group in by_layer.values():
             for batch in _batches(group, self._max_batch_rows):
                 self._serve(batch)
-        self._unread = [c for c, _, _ in jobs if c.has_input and c.sock.fileno() in self._connections]
 
-    def _take(self, connection: Connection, jobs: list[_Job]) -> None:
-        try:
-            frame = connection.receive()
-            if frame is None:
-                return
-            header, body = frame
-            if header.kind is not Kind.DISPATCH:
-                raise WireError(f"client sent a frame of kind {header.kind.name}")
-            if header.width != self._me.width or header.dtype != self._dtype:
-                raise WireError(
-                    f"frame of width {header.width}, dtype code {header.dtype}; this shard serves {self._me}"
-                )
-            jobs.append((connection, header, parse_dispatch(header, body)))
-        except WireError as error:
-            self._close(connection, error)
-
-    def _serve(self, batch: list[_Job]) -> None:
-        layer = batch[0][1].layer
-        body = batch[0][2] if len(batch) == 1 else _joined([job[2] for job in batch])
-        begin = time.perf_counter_ns()
+    def _serve(self, batch: list[Connection]) -> None:
+        layer = batch[0].stream.layer
+        body = batch[0].body if len(batch) == 1 else _joined([job.body for job in batch])
+        begin = self._clock_ns()
         try:
             y = self._kernel.compute(layer, body)
+            _check_output(y, body.x)
         except Exception as error:  # whatever a kernel raises concerns this batch only
             if len(batch) > 1:  # one frame's fault must not fail the others
                 for job in batch:
@@ -228,48 +235,86 @@ class FrameServer:
             if not isinstance(error, NotHeld):
                 log.exception("layer %d failed on shard %s", layer, self._me.shard)
             self._refused += 1
-            connection, header, _ = batch[0]
-            self._reply(connection, error_parts(header, 1, f"{type(error).__name__}: {error}", self.epoch))
+            message = f"{type(error).__name__}: {error}"
+            self._write(batch[0], Connection.refuse, 1, message, self.epoch)
             return
-        self._busy_ns += time.perf_counter_ns() - begin
+        end = self._clock_ns()
+        pairs = sum(job.stream.pairs for job in batch) if len(batch) > 1 else batch[0].stream.pairs
+        self._busy_ns += end - begin
         self._batches += 1
         self._frames += len(batch)
-        self._pairs += len(body.experts)
+        self._pairs += pairs
         at = 0
-        for connection, header, _ in batch:
-            self._reply(connection, combine_parts(header, y[at : at + header.rows], self.epoch))
-            at += header.rows
+        for job in batch:
+            job.answered_ns = end
+            computed = (end - begin) * job.stream.pairs // pairs
+            waited = end - job.arrived_ns - computed
+            self._write(job, Connection.answer, y, at, self.epoch, computed // 1000, waited // 1000)
+            at += job.stream.rows
 
-    def _reply(self, connection: Connection, parts: Sequence[Buffer]) -> None:
-        self._write(connection, lambda: connection.send(parts))
-
-    def _write(self, connection: Connection, action: Callable[[], None]) -> None:
+    def _write(self, connection: Connection, action: Callable[..., None], *arguments: Any) -> None:
         """Does what writes, and asks epoll for room in the socket just as long as there is something to write."""
-        had = bool(connection.outbox)
-        self._guard(connection, action)
-        if bool(connection.outbox) != had and connection.sock.fileno() in self._connections:
-            self._epoll.modify(connection.sock, select.EPOLLIN | (select.EPOLLOUT if connection.outbox else 0))
-
-    def _guard(self, connection: Connection, action: Callable[[], None]) -> None:
+        stream = connection.stream
+        had = stream.unsent > 0
         try:
-            action()
+            action(connection, *arguments)
         except WireError as error:
             self._close(connection, error)
+            return
+        has = stream.unsent > 0
+        if has is not had:
+            self._epoll.modify(connection.sock, select.EPOLLIN | (select.EPOLLOUT if has else 0))
 
     def _close(self, connection: Connection, why: WireError) -> None:
         log.debug("connection closed: %s", why)
         fd = connection.sock.fileno()
         if self._connections.pop(fd, None) is not None:
             self._epoll.unregister(fd)
-            connection.sock.close()
+            connection.close()
 
     # -- connecting ---------------------------------------------------------------------------------------------
 
+    def _meet(self, fd: int) -> None:
+        """A new client, or one whose handshake is over."""
+        listener = self._listeners.get(fd)
+        if listener is not None:
+            self._accept(listener)
+        elif fd == self._wake:
+            os.eventfd_read(self._wake)
+            self._admit()
+
     def _accept(self, listener: socket.socket) -> None:
-        with contextlib.suppress(BlockingIOError, ConnectionError):
+        try:
             sock = accepted(listener)
-            self._greeting.add(sock)
-            self._handshakes.submit(self._greet, sock)
+        except (BlockingIOError, ConnectionError):
+            return
+        except OSError as error:
+            if error.errno not in _OUT_OF_RESOURCES:
+                raise
+            log.error("no connection accepted for %g s: %s", _ACCEPT_PAUSE_S, error)
+            self._pause_accepting()
+            return
+        while len(waiting := list(self._greeting)) >= _MAX_HANDSHAKES:
+            self._give_up(waiting[0])
+        self._greeting[sock] = None
+        self._handshakes.submit(self._greet, sock)
+
+    def _give_up(self, sock: socket.socket) -> None:
+        """Ends a handshake now instead of at its timeout; its thread closes the socket."""
+        self._greeting.pop(sock, None)
+        with contextlib.suppress(OSError):
+            sock.shutdown(socket.SHUT_RDWR)
+
+    def _pause_accepting(self) -> None:
+        for fd in self._listeners:  # a client that waits would wake this thread all the time
+            self._epoll.modify(fd, 0)
+        self._resume_at = time.monotonic() + _ACCEPT_PAUSE_S
+
+    def _resume_accepting(self) -> None:
+        if self._resume_at is not None and time.monotonic() >= self._resume_at:
+            self._resume_at = None
+            for fd in self._listeners:
+                self._epoll.modify(fd, select.EPOLLIN)
 
     def _greet(self, sock: socket.socket) -> None:
         try:
@@ -278,29 +323,35 @@ class FrameServer:
             sock.setblocking(False)
         except (OSError, WireError) as error:
             log.warning("connection refused: %s", error)
-            self._greeting.discard(sock)
+            self._greeting.pop(sock, None)
             sock.close()
             return
         self._fresh.append(sock)
-        self._greeting.discard(sock)
+        self._greeting.pop(sock, None)
         os.eventfd_write(self._wake, 1)
 
     def _admit(self) -> None:
         while self._fresh:
             sock = self._fresh.popleft()
-            self._connections[sock.fileno()] = Connection(sock, self._limits)
+            self._connections[sock.fileno()] = Connection(sock, self._me.width, self._dtype, self._limits)
             self._epoll.register(sock, select.EPOLLIN)
 
 
-def _batches(group: list[_Job], max_rows: int) -> list[list[_Job]]:
+def _check_output(y: torch.Tensor, x: torch.Tensor) -> None:
+    """Raises RuntimeError unless y can be sent as the answer to x: its bytes are read where they lie."""
+    if y.nbytes != x.nbytes or y.dtype is not x.dtype or not (y.is_cpu and y.is_contiguous()):
+        raise RuntimeError(f"the kernel answered {tuple(x.shape)} in {x.dtype} with {tuple(y.shape)} in {y.dtype}")
+
+
+def _batches(group: list[Connection], max_rows: int) -> list[list[Connection]]:
     """Splits frames of one layer into batches of at most `max_rows` rows, at least one frame each."""
-    batches: list[list[_Job]] = []
+    batches: list[list[Connection]] = []
     rows = max_rows + 1
     for job in group:
-        rows += job[1].rows
+        rows += job.stream.rows
         if rows > max_rows:
             batches.append([])
-            rows = job[1].rows
+            rows = job.stream.rows
         batches[-1].append(job)
     return batches
 

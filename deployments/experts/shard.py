@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+import time
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -33,6 +35,10 @@ class ShardSettings:
     max_batch_rows: int = 8192
 
 
+_SWITCH_INTERVAL_S = 5e-4
+"""How long the data plane waits at most for Python's lock while experts are loaded."""
+
+
 def new_shard_id() -> str:
     """An id that no other process ever has."""
     return uuid.uuid4().hex[:12]
@@ -55,10 +61,12 @@ class Shard:
         checkpoint's own unless given.
         """
         self.shard_id = shard_id or new_shard_id()
-        checkpoint = open_checkpoint(settings.folder)
+        sys.setswitchinterval(_SWITCH_INTERVAL_S)
+        checkpoint = self._checkpoint = open_checkpoint(settings.folder)
+        begin = time.monotonic()
         self.bank = ExpertBank(checkpoint, expert_layout(checkpoint), slots, settings.dtype, settings.threads)
-        self.bytes_read = checkpoint.bytes_read
-        """Bytes of tensors read from the checkpoint."""
+        self.load_s = time.monotonic() - begin
+        """Seconds spent loading so far."""
         listeners = [listen(address) for address in self._wanted(settings)]
         self.addresses: Sequence[str] = tuple(str(address) for _, address in listeners)
         me = Peer(self.shard_id, revision or checkpoint_revision(checkpoint), self.bank.width, self.bank.dtype)
@@ -72,6 +80,24 @@ class Shard:
         if settings.transport in ("auto", "tcp"):
             wanted.append(Address("tcp", settings.bind_host, 0))
         return wanted
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes of tensors read from the checkpoint so far."""
+        return self._checkpoint.bytes_read
+
+    @property
+    def slots(self) -> IntArray:
+        """[layers, slots] the experts that it serves now, -1 where a slot is empty."""
+        return self.bank.slots
+
+    def load(self, wanted: IntArray) -> None:
+        """Makes `wanted` [layers, slots] what it serves, while it serves; seconds. Raises CheckpointError."""
+        begin = time.monotonic()
+        try:
+            self.bank.load(wanted)
+        finally:
+            self.load_s += time.monotonic() - begin
 
     @property
     def stats(self) -> ServerStats:

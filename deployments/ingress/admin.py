@@ -7,18 +7,31 @@ from typing import Any
 
 from fastapi import APIRouter
 from fastapi.responses import JSONResponse
+from pydantic import BaseModel, ConfigDict
 from ray.serve.handle import DeploymentHandle
 
 _TIMEOUT_S = 5.0
+_PLAN_TIMEOUT_S = 30.0
+"""A plan over many layers is seconds of work."""
+
+
+class Freeze(BaseModel):
+    """The body of POST /mesh/placement/freeze."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+    frozen: bool
 
 
 def admin_routes(controller: DeploymentHandle[Any]) -> APIRouter:
-    """GET /mesh/status, /mesh/placement and /mesh/loads, answered by the controller; 503 while it is away."""
+    """/mesh/status, /mesh/loads and /mesh/placement, answered by the controller; 503 while it is away."""
     router = APIRouter(prefix="/mesh", tags=["mesh"])
 
-    async def ask(method: str) -> JSONResponse:
+    async def ask(method: str, *arguments: Any, timeout_s: float = _TIMEOUT_S) -> JSONResponse:
         try:
-            return JSONResponse(await asyncio.wait_for(getattr(controller, method).remote(), _TIMEOUT_S))
+            return JSONResponse(await asyncio.wait_for(getattr(controller, method).remote(*arguments), timeout_s))
+        except ValueError as refused:  # Ray's wrapper of it is one, too
+            cause = getattr(refused, "cause", refused)
+            return JSONResponse({"error": {"message": str(cause), "type": "Conflict", "code": 409}}, 409)
         except Exception:  # away, restarting or slow: the same to a caller
             # In OpenAI's shape, and not an HTTPException, whose headers vLLM's handler drops.
             error = {"message": "the mesh's controller does not answer", "type": "ServiceUnavailable", "code": 503}
@@ -33,6 +46,21 @@ def admin_routes(controller: DeploymentHandle[Any]) -> APIRouter:
     async def placement() -> JSONResponse:
         """Which expert is in which slot of which shard."""
         return await ask("placement")
+
+    @router.get("/placement/plan")
+    async def plan() -> JSONResponse:
+        """The moves that would pay now; nothing is carried out."""
+        return await ask("plan", timeout_s=_PLAN_TIMEOUT_S)
+
+    @router.post("/placement/apply")
+    async def apply() -> JSONResponse:
+        """Plans now and begins to carry it out; 409 while another plan is, or where shards have no slot for it."""
+        return await ask("apply", timeout_s=_PLAN_TIMEOUT_S)
+
+    @router.post("/placement/freeze")
+    async def freeze(wanted: Freeze) -> JSONResponse:
+        """Stops re-placing by itself, or starts again."""
+        return await ask("freeze", wanted.frozen)
 
     @router.get("/loads")
     async def loads() -> JSONResponse:

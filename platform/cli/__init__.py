@@ -1,4 +1,4 @@
-"""The command line: `expertmesh serve | demo | status | config | version`.
+"""The command line: `expertmesh serve | demo | status | placement | render | config | version`.
 
 Each command imports what it needs when it runs, so that `--help` and `config` answer at once.
 """
@@ -14,6 +14,8 @@ import typer
 import expertmesh
 from expertmesh.errors import ExpertMeshError
 from expertmesh.platform.cli.config import config_app
+from expertmesh.platform.cli.placement import placement_app
+from expertmesh.platform.cli.render import render_app
 from expertmesh.platform.cli.serve import demo, serve
 from expertmesh.platform.cli.status import status
 
@@ -29,6 +31,8 @@ app = typer.Typer(
 app.command()(serve)
 app.command()(demo)
 app.command()(status)
+app.add_typer(placement_app, epilog="Example: expertmesh placement plan")
+app.add_typer(render_app, epilog="Example: expertmesh render ray-cluster mesh.yaml --output cluster")
 app.add_typer(config_app, epilog="Example: expertmesh config show mesh.yaml --set experts.shards=3")
 
 

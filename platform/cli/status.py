@@ -15,28 +15,22 @@ from rich.filesize import decimal
 from rich.table import Table
 from rich.text import Text
 
-from expertmesh.errors import ExpertMeshError, Unavailable
+from expertmesh.errors import ExpertMeshError
+from expertmesh.platform.cli.connected import Url, connected, in_one_line
 
 if TYPE_CHECKING:  # OpenAI's package takes a second to import, which the other commands need not wait for
     from expertmesh.platform.client import Client, ExpertShard, MeshStatus
 
-UNREACHABLE, NOT_OK = 1, 3
-"""Exit codes; 0 if the mesh's health is ok."""
+NOT_OK = 3
+"""Exit code; 0 if the mesh's health is ok."""
 
 _PERIOD_S = 2.0
-_TIMEOUT_S = 10.0
-"""Twice what the ingress waits for its controller."""
 _PIPE_WIDTH = 160
 _COLOURS = {"ok": "bold green", "starting": "bold yellow", "degraded": "bold red"}
 
 
 def status(
-    url: Annotated[
-        str | None,
-        typer.Option(
-            help="The mesh's URL; without it $EXPERTMESH_URL, else http://127.0.0.1:8000.", show_default=False
-        ),
-    ] = None,
+    url: Url = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print the mesh's JSON, with --watch a line each time.")
     ] = False,
@@ -50,14 +44,8 @@ def status(
 
     Example: expertmesh status --url http://10.0.0.7:8000 --watch
     """
-    from expertmesh.platform.client import Client
-
-    with Client(base_url=url, timeout=_TIMEOUT_S, max_retries=0) as client:
-        try:
-            view = _watch(client, as_json) if watch else _show(client, as_json)
-        except Unavailable as error:
-            typer.echo(f"error: {_in_one_line(error)}", err=True)
-            raise typer.Exit(UNREACHABLE) from None
+    with connected(url) as client:
+        view = _watch(client, as_json) if watch else _show(client, as_json)
     raise typer.Exit(0 if view.ok else NOT_OK)
 
 
@@ -94,19 +82,11 @@ def _watch(client: Client, as_json: bool) -> _View:
             try:
                 view = _look(client, as_json)
             except ExpertMeshError as error:
-                gone = _in_one_line(error)
+                gone = in_one_line(error)
                 view = _View(
                     json.dumps({"health": "unreachable", "error": gone}) if as_json else Text(gone, "red"), False
                 )
     return view
-
-
-def _in_one_line(error: ExpertMeshError) -> str:
-    from openai import APIConnectionError
-
-    text = " ".join(str(error).split())
-    nobody_there = isinstance(error.__cause__, APIConnectionError)
-    return f"{text}; is it running? start it with `expertmesh serve`" if nobody_there else text
 
 
 def _console() -> Console:

@@ -14,6 +14,7 @@ from expertmesh.platform.client._models import (
     MeshStatus,
     Placement,
     PlacementSummary,
+    Plan,
 )
 from expertmesh.platform.client._settings import DEFAULT_URL, KEY_ENV, URL_ENV
 from expertmesh.platform.client.client import AsyncClient, Client
@@ -35,5 +36,6 @@ __all__ = [
     "MeshStatus",
     "Placement",
     "PlacementSummary",
+    "Plan",
     "RouteName",
 ]

@@ -99,6 +99,12 @@ class PlacementSummary(_Answer):
     """Logical experts, of all layers, that no shard serves."""
     expert_bytes: int = 0
     """Size of all routed experts in the checkpoint."""
+    balancedness: float = 1.0
+    """Mean shard load over the greatest, mean over the layers, that the recent loads give with this placement."""
+    moves: int = 0
+    """Experts that are being moved."""
+    frozen: bool = False
+    """Whether re-placement by itself is switched off."""
 
 
 class MeshStatus(_Answer):
@@ -134,6 +140,12 @@ class Placement(_Answer):
     """Serving shard of each index; an index that is not there has no shard now."""
     slots: list[list[list[int]]]
     """[shard index][position in `layers`][slot]: expert id, -1 where a slot is empty."""
+    frozen: bool = False
+    """Whether re-placement by itself is switched off."""
+    running: list[str] = []
+    """Moves on their way, in words."""
+    ended: list[str] = []
+    """Moves that ended lately, the oldest first."""
 
     def holders(self, layer: int, expert: int) -> list[str]:
         """Serving shards that hold `expert` of the model's layer `layer`; none if it is missing.
@@ -157,3 +169,16 @@ class Loads(_Answer):
     """[position in `layers`][expert]: tokens dispatched."""
     by_shard: Mapping[str, int]
     """(token, expert) pairs that each shard computed since it started."""
+    rows_a_second: list[list[float]] = []
+    """[position in `layers`][expert]: recent load, decayed."""
+    shifted: list[int] = []
+    """The model's number of each layer whose traffic has just changed."""
+
+
+class Plan(_Answer):
+    """`GET /mesh/placement/plan` and `POST /mesh/placement/apply`."""
+
+    moves: list[str]
+    """What each move does and what it gains, in words; empty if nothing would pay."""
+    balancedness: float
+    """As it is, before the moves."""

@@ -8,7 +8,7 @@ from openai import AsyncOpenAI, OpenAI
 from pydantic import TypeAdapter
 
 from expertmesh.platform.client._exchange import Route
-from expertmesh.platform.client._models import Loads, MeshStatus, Placement
+from expertmesh.platform.client._models import Loads, MeshStatus, Placement, Plan
 
 _T = TypeVar("_T")
 
@@ -17,6 +17,9 @@ RouteName = Literal["status", "placement", "loads"]
 _STATUS = Route("status", TypeAdapter(MeshStatus))
 _PLACEMENT = Route("placement", TypeAdapter(Placement))
 _LOADS = Route("loads", TypeAdapter(Loads))
+_PLAN = Route("placement/plan", TypeAdapter(Plan))
+_APPLY = Route("placement/apply", TypeAdapter(Plan))
+_FREEZE = Route("placement/freeze", TypeAdapter(dict[str, bool]))
 _ANY_OBJECT: TypeAdapter[dict[str, Any]] = TypeAdapter(dict[str, Any])
 
 
@@ -42,6 +45,18 @@ class Mesh:
         """Tokens dispatched to each expert."""
         return self._ask(_LOADS)
 
+    def plan(self) -> Plan:
+        """The moves of experts that would pay now; nothing is carried out."""
+        return self._ask(_PLAN)
+
+    def apply(self) -> Plan:
+        """Plans now and begins to carry it out. Raises ExpertMeshError while another plan is being carried out."""
+        return self._tell(_APPLY)
+
+    def freeze(self, frozen: bool = True) -> None:
+        """Stops re-placement by itself, or starts it again."""
+        self._tell(_FREEZE, {"frozen": frozen})
+
     def raw(self, route: RouteName) -> dict[str, Any]:
         """The JSON as the mesh sent it, with fields that this version doesn't know."""
         return self._ask(Route(route, _ANY_OBJECT))
@@ -49,6 +64,10 @@ class Mesh:
     def _ask(self, route: Route[_T]) -> _T:
         with route.asked_at(self._client.base_url) as url:
             return route.read(self._client.get(url, cast_to=str))
+
+    def _tell(self, route: Route[_T], body: dict[str, bool] | None = None) -> _T:
+        with route.asked_at(self._client.base_url) as url:
+            return route.read(self._client.post(url, cast_to=str, body=body))
 
 
 class AsyncMesh:
@@ -69,6 +88,18 @@ class AsyncMesh:
         """Tokens dispatched to each expert."""
         return await self._ask(_LOADS)
 
+    async def plan(self) -> Plan:
+        """The moves of experts that would pay now; nothing is carried out."""
+        return await self._ask(_PLAN)
+
+    async def apply(self) -> Plan:
+        """Plans now and begins to carry it out. Raises ExpertMeshError while another plan is being carried out."""
+        return await self._tell(_APPLY)
+
+    async def freeze(self, frozen: bool = True) -> None:
+        """Stops re-placement by itself, or starts it again."""
+        await self._tell(_FREEZE, {"frozen": frozen})
+
     async def raw(self, route: RouteName) -> dict[str, Any]:
         """The JSON as the mesh sent it, with fields that this version doesn't know."""
         return await self._ask(Route(route, _ANY_OBJECT))
@@ -76,3 +107,7 @@ class AsyncMesh:
     async def _ask(self, route: Route[_T]) -> _T:
         with route.asked_at(self._client.base_url) as url:
             return route.read(await self._client.get(url, cast_to=str))
+
+    async def _tell(self, route: Route[_T], body: dict[str, bool] | None = None) -> _T:
+        with route.asked_at(self._client.base_url) as url:
+            return route.read(await self._client.post(url, cast_to=str, body=body))

@@ -103,5 +103,7 @@ def _rows(schema: schemas.Node, node: schemas.Node, path: str) -> Iterator[str]:
 def _default(field: schemas.Node) -> str:
     if "default" in field:
         return f"`{json.dumps(field['default'])}`" if not isinstance(field["default"], str) else f"`{field['default']}`"
-    # pydantic writes no default that a factory makes; ours are all empty mappings.
+    # pydantic writes no default that a factory makes; ours are empty mappings and sections.
+    if "$ref" in field:
+        return "as below"
     return "`{}`" if "additionalProperties" in field else "required"

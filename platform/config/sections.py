@@ -13,10 +13,12 @@ from pydantic import AfterValidator, BeforeValidator, Field, JsonValue, Validati
 from expertmesh.platform.config.engine_args import OWNED, allowed_engine_argument
 from expertmesh.platform.config.fields import (
     Count,
+    Fraction,
     Gibibytes,
     LocalPath,
     Mebibytes,
     Milliseconds,
+    NonNegative,
     Quantity,
     Rows,
     Seconds,
@@ -190,6 +192,11 @@ class ExpertsConfig(Section):
         description="Least number of shards that hold each expert; at most `experts.shards`.",
         json_schema_extra=unit("shards"),
     )
+    spare_slots: NonNegative = Field(
+        default=0,
+        description="Experts that each shard holds in each layer beyond what redundancy needs: copies of hot ones.",
+        json_schema_extra=unit("slots"),
+    )
     threads: Count = Field(
         default=1, description="CPU threads that each shard computes with.", json_schema_extra=unit("threads")
     )
@@ -233,11 +240,36 @@ def _used(info: ValidationInfo) -> bool:
     return info.data.get("mode") != "colocated"
 
 
+class RebalanceConfig(Section):
+    """Re-placement of experts while the mesh serves."""
+
+    enabled: bool = Field(
+        default=True,
+        description="Move experts as traffic moves. Each shard keeps one more slot a layer free for it, to load into.",
+    )
+    interval_s: Seconds = Field(default=10.0, description="Time between two looks at the loads.")
+    half_life_s: Seconds = Field(default=30.0, description="Loads this old count half.")
+    moves: Count = Field(
+        default=32,
+        description="Slots that are changed at once at most, over all layers.",
+        json_schema_extra=unit("slots"),
+    )
+    horizon_s: Seconds = Field(
+        default=300.0, description="How long loads are expected to last: a move must win more time in it than it costs."
+    )
+    least_gain: Fraction = Field(
+        default=0.02,
+        description="Part of a layer's mean busy time by which each move must lower that of its busiest shard.",
+    )
+
+
 class RoutingConfig(Section):
     """How tokens reach the expert shards."""
 
-    policy: Literal["least_loaded"] = Field(
-        default="least_loaded", description="How tokens are shared out among the copies of an expert."
+    policy: Literal["live_cost", "least_loaded"] = Field(
+        default="live_cost",
+        description="How tokens are shared out among the copies of an expert. live_cost: by the measured speed "
+        "and queue of each shard; least_loaded: by what this step gives each, all taken as equally fast.",
     )
     transport: Literal["auto", "unix", "tcp"] = Field(
         default="auto", description="auto: unix sockets on the same node and TCP between nodes."
@@ -260,6 +292,9 @@ class RoutingConfig(Section):
     connect_timeout_s: Seconds = Field(default=5.0, description="How long connecting to a shard may take.")
     unavailable_timeout_s: Seconds = Field(
         default=60.0, description="How long a step waits for a missing expert to be placed."
+    )
+    rebalance: RebalanceConfig = Field(
+        default_factory=RebalanceConfig, description="Whether and how experts move between shards as traffic moves."
     )
 
 

@@ -2,8 +2,8 @@
 
 from expertmesh.routing.dispatch.dispatcher import Dispatcher
 from expertmesh.routing.dispatch.mailbox import LoadCounters, Mailbox, StaticTable, TableFile, TableSource
-from expertmesh.routing.dispatch.policy import POLICIES, Policy, create_policy
 from expertmesh.routing.dispatch.settings import DispatchSettings
+from expertmesh.routing.dispatch.sharing import POLICIES, Policy, create_policy
 
 __all__ = [
     "POLICIES",

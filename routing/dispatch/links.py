@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import select
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,7 +11,8 @@ import numpy as np
 import torch
 
 from expertmesh.errors import WireError
-from expertmesh.routing.dispatch.link import Link, Request
+from expertmesh.routing import native
+from expertmesh.routing.dispatch.link import Link
 from expertmesh.routing.dispatch.settings import DispatchSettings
 from expertmesh.routing.placement import RoutingTable, Target
 from expertmesh.routing.transport import Address, Peer, connect
@@ -47,8 +47,6 @@ class Links:
         self._settings = settings
         self.by_shard: dict[str, Link] = {}
         self.down: dict[str, Failure] = {}
-        self._by_fd: dict[int, Link] = {}
-        self._poll = select.poll()
 
     def get(self, target: Target, x: torch.Tensor) -> Link | None:
         """The link to a shard that takes rows like x; None if it can't be reached, which is remembered."""
@@ -58,7 +56,7 @@ class Links:
     def up(self, table: RoutingTable, failed: Sequence[int], patience: float) -> np.ndarray[Any, np.dtype[np.bool_]]:
         """Which targets may be asked now: [S]; those at the positions `failed` may not."""
         up = np.ones(len(table.targets), dtype=bool)
-        if self.down:
+        if self.down or failed:
             now = time.monotonic()
             over = {shard for shard, failure in self.down.items() if failure.over(now, patience)}
             for position, target in enumerate(table.targets):
@@ -67,32 +65,17 @@ class Links:
                 self.down = {shard: failure for shard, failure in self.down.items() if shard not in over}
         return up
 
-    def wait(self, until: float) -> list[tuple[Link, int]]:
-        """Links to read from or write to, with poll's events; empty after `until` (`time.monotonic()`)."""
-        left = until - time.monotonic()
-        events = self._poll.poll(max(0.0, left) * 1000 + 1)
-        return [(self._by_fd[fd], event) for fd, event in events]
+    def keep(self, table: RoutingTable) -> None:
+        """Closes the links to shards that the table does not name."""
+        named = {target.shard for target in table.targets}
+        for shard in self.by_shard.keys() - named:
+            self.by_shard.pop(shard).close()
 
-    def watch_output(self, link: Link) -> None:
-        """Waits for room to write as long as the link has something to write."""
-        self._poll.modify(link, select.POLLIN | (select.POLLOUT if link.has_output else 0))
-
-    def drop(self, link: Link, why: str, cost_s: float = 0.0) -> list[Request]:
-        """Closes a link and leaves its shard alone; the requests that waited on it. Nothing the second time."""
-        if self.by_shard.pop(link.shard, None) is None:
-            return []
-        self._poll.unregister(link)
-        self._by_fd.pop(link.fileno(), None)
-        self.mark_down(link.shard, why, cost_s)
-        return link.close()
-
-    def drop_overdue(self, seconds: float) -> list[Request]:
-        """Drops the links whose oldest request is past its deadline, `seconds` after it was sent."""
-        lost: list[Request] = []
-        for link in list(self.by_shard.values()):
-            if link.overdue():
-                lost += self.drop(link, f"shard {link.shard} did not answer in {seconds:g} s", seconds)
-        return lost
+    def drop(self, link: Link, why: str, cost_s: float = 0.0) -> None:
+        """Closes a link and leaves its shard alone. Nothing the second time."""
+        if self.by_shard.pop(link.shard, None) is not None:
+            self.mark_down(link.shard, why, cost_s)
+            link.close()
 
     def mark_down(self, shard: str, why: str, cost_s: float = 0.0) -> None:
         """Leaves a shard alone for a while."""
@@ -101,7 +84,7 @@ class Links:
     def abandon(self) -> None:
         """Ends a step half-way: answers that are still to come must not be taken for the next step's."""
         for link in list(self.by_shard.values()):
-            if link.waiting:
+            if link.stream.state == native.WAITING:
                 self.drop(link, "the step was abandoned")
 
     def close(self) -> None:
@@ -123,8 +106,6 @@ class Links:
             return None
         link = Link(sock, target.shard, self._settings.limits)
         self.by_shard[target.shard] = link
-        self._by_fd[link.fileno()] = link
-        self._poll.register(link, select.POLLIN)
         return link
 
     def _check(self, peer: Peer, target: Target, x: torch.Tensor) -> None:

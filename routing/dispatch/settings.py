@@ -15,7 +15,7 @@ class DispatchSettings:
     """Id of this node: shards on it are reached by unix socket."""
     revision: str
     """Identity of the checkpoint; a shard that serves another one is refused."""
-    policy: str = "least_loaded"
+    policy: str = "live_cost"
     transport: str = "auto"
     limits: Limits = field(default_factory=Limits)
     frame_deadline_s: float = 10.0

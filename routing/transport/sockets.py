@@ -15,6 +15,10 @@ from expertmesh.routing.transport.auth import Peer, answer
 
 _BUFFER_BYTES = 4 << 20
 _BACKLOG = 128
+_KEEPALIVE = ((socket.TCP_KEEPIDLE, 15), (socket.TCP_KEEPINTVL, 5), (socket.TCP_KEEPCNT, 3))
+"""A peer whose node went dark without a word is noticed after 30 s of silence."""
+_UNACKNOWLEDGED_MS = 30_000
+"""How long sent bytes may stay unacknowledged: while some do, no keepalive is sent."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +47,10 @@ class Address:
 def _tune(sock: socket.socket) -> None:
     if sock.family in (socket.AF_INET, socket.AF_INET6):  # its buffers the kernel sizes itself
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        for option, value in _KEEPALIVE:
+            sock.setsockopt(socket.IPPROTO_TCP, option, value)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, _UNACKNOWLEDGED_MS)
         return
     with contextlib.suppress(OSError):
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _BUFFER_BYTES)

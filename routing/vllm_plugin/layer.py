@@ -65,7 +65,8 @@ class MeshExperts(RoutedExperts):
         settings = MeshSettings.of(config.additional_config) if config is not None else None
         object.__setattr__(self, "mesh", settings)  # before nn.Module's own __init__
         if settings is not None and settings.role is Role.SHARD:
-            with torch.device(current_platform.device_type):
+            layer = layer_number(str(args[0] if args else kwargs["layer_name"]))
+            with torch.device(current_platform.device_type if layer in settings.layers else "meta"):
                 super().__init__(*args, **kwargs)
             return
         super().__init__(*args, **kwargs)

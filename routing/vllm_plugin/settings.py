@@ -37,7 +37,7 @@ class MeshSettings:
     secret_file: str = ""
     """File with the cluster secret; must be readable by the engine's processes."""
     layers: tuple[int, ...] = ()
-    """The model's layers with routed experts."""
+    """The model's layers with routed experts; of a shard: those that are really built."""
     num_experts: int = 0
     """Routed experts a layer."""
     dispatch: dict[str, Any] = field(default_factory=dict)

@@ -16,14 +16,20 @@ little-endian; tensors are raw, row-major and unpadded.
 | 20 | u32 | width | H: hidden size (error: 0) |
 | 24 | u64 | epoch | placement epoch that the sender used, or that the shard holds |
 | 32 | u64 | frame | id that the answer repeats |
-| 40 | u32 | budget | milliseconds that the sender will still wait; 0 = unknown |
-| 44 | u32 | - | 0 |
+| 40 | u32 | budget, computed | dispatch, error: ms that the sender will still wait, 0 = unknown; combine: us, below |
+| 44 | u32 | waited | combine: us, below; otherwise 0 |
 
 | kind | body |
 | --- | --- |
 | dispatch | x [R, H] dtype; expert ids [P] i32; row of each pair [P] i32; router weights [P] f32 |
 | combine | y [R, H] dtype: for each row the weighted sum over the pairs that named it |
 | error | R bytes of UTF-8 |
+
+An answer says how many microseconds the shard computed for its frame, and how many the frame waited there before and
+while others were computed: of a batch of several frames each is told its part, by pairs, as computed and the rest as
+waited. Times beyond 32 bits become the largest.
+
+This module is the specification, and what tests compare with; in production `routing/native` packs and parses.
 """
 
 from __future__ import annotations
@@ -47,10 +53,9 @@ HEADER_BYTES = _HEADER.size
 DTYPES: dict[int, torch.dtype] = {1: torch.float32, 2: torch.bfloat16, 3: torch.float16}
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
 _ITEM_BYTES = {1: 4, 2: 2, 3: 2}
-COMBINE_PREFIX = 24
-COMBINE_FRAME = slice(32, 40)
 PAIR_BYTES = 12
 MAX_MESSAGE_BYTES = 4096
+_MAX_U32 = 2**32 - 1
 
 Buffer = bytes | bytearray | memoryview
 """What may be handed to `socket.sendmsg`."""
@@ -88,6 +93,8 @@ class Header(NamedTuple):
     epoch: int
     frame: int
     budget_ms: int = 0
+    computed_us: int = 0
+    waited_us: int = 0
 
     @property
     def body_bytes(self) -> int:
@@ -99,9 +106,10 @@ class Header(NamedTuple):
 
     def pack(self) -> bytes:
         """The 48 bytes of this header."""
+        times = (self.computed_us, self.waited_us) if self.kind is Kind.COMBINE else (self.budget_ms, 0)
         return _HEADER.pack(
             MAGIC, VERSION, self.kind, self.dtype, 0,
-            self.layer, self.rows, self.pairs, self.width, self.epoch, self.frame, self.budget_ms, 0,
+            self.layer, self.rows, self.pairs, self.width, self.epoch, self.frame, *times,
         )  # fmt: skip
 
 
@@ -120,17 +128,18 @@ def parse_header(data: Buffer, limits: Limits) -> Header:
     Raises WireError for anything but a version 1 frame within `limits`, so that no byte of the body needs
     to be allocated before it is known to be wanted.
     """
-    magic, version, kind, dtype, pad, layer, rows, pairs, width, epoch, frame, budget, pad2 = _HEADER.unpack_from(data)
+    magic, version, kind, dtype, pad, layer, rows, pairs, width, epoch, frame, first, second = _HEADER.unpack_from(data)
     if magic != MAGIC:
         raise WireError(f"not a frame: magic {bytes(magic)!r} instead of {MAGIC!r}")
     if version != VERSION:
         raise WireError(f"frame version {version}; this side speaks {VERSION}")
+    pad2 = 0 if kind == Kind.COMBINE else second
     if kind not in (1, 2, 3) or pad or pad2:
         raise WireError(f"frame kind {kind} with padding {pad}, {pad2}; allowed: 1, 2, 3 with 0, 0")
     if kind == Kind.ERROR:
         if rows > MAX_MESSAGE_BYTES or dtype or width:
             raise WireError(f"error frame of {rows} bytes; at most {MAX_MESSAGE_BYTES}")
-        return Header(Kind.ERROR, 0, layer, rows, pairs, 0, epoch, frame, budget)
+        return Header(Kind.ERROR, 0, layer, rows, pairs, 0, epoch, frame, first)
     if dtype not in DTYPES:
         raise WireError(f"dtype code {dtype}; allowed: {sorted(DTYPES)}")
     if not 0 < rows <= limits.max_rows:
@@ -139,7 +148,8 @@ def parse_header(data: Buffer, limits: Limits) -> Header:
         raise WireError(f"{pairs} pairs for {rows} rows; allowed: 1 to {limits.max_pairs_per_row} a row")
     if kind == Kind.COMBINE and pairs:
         raise WireError(f"combine frame with {pairs} pairs; allowed: 0")
-    header = Header(Kind(kind), dtype, layer, rows, pairs, width, epoch, frame, budget)
+    times = (0, first, second) if kind == Kind.COMBINE else (first,)
+    header = Header(Kind(kind), dtype, layer, rows, pairs, width, epoch, frame, *times)
     if width == 0 or header.body_bytes > limits.max_bytes:
         raise WireError(f"body of {rows} x {width} and {pairs} pairs; at most {limits.max_bytes} bytes")
     return header
@@ -165,31 +175,21 @@ def dispatch_parts(
 
     x: [R, H] contiguous; experts, rows, weights: [P], each row of x named at least once.
     """
-    r, h = x.shape
-    p = len(experts)
-    # Packed without a Header object: this runs once a shard, layer and step.
-    header = _HEADER.pack(
-        MAGIC, VERSION, Kind.DISPATCH, dtype_code(x.dtype), 0, layer, r, p, h, epoch, frame, budget_ms, 0
+    header = Header(
+        Kind.DISPATCH, dtype_code(x.dtype), layer, x.shape[0], len(experts), x.shape[1], epoch, frame, budget_ms
     )
-    pairs = np.empty((3, p), dtype=np.int32)
-    pairs[0] = experts
-    pairs[1] = rows
-    pairs[2] = weights.view(np.int32)
-    return [header, tensor_bytes(x), pairs.data.cast("B")]
+    pairs = np.concatenate((experts, rows, weights.view(np.int32)))
+    return [header.pack(), tensor_bytes(x), pairs.data.cast("B")]
 
 
-def combine_prefix(dtype: int, layer: int, rows: int, width: int) -> bytes:
-    """How the header of a right answer begins, up to the epoch; its frame id stands at `COMBINE_FRAME`."""
-    return _HEADER.pack(MAGIC, VERSION, Kind.COMBINE, dtype, 0, layer, rows, 0, width, 0, 0, 0, 0)[:COMBINE_PREFIX]
-
-
-def combine_parts(request: Header, y: torch.Tensor, epoch: int) -> list[Buffer]:
+def combine_parts(
+    request: Header, y: torch.Tensor, epoch: int, computed_us: int = 0, waited_us: int = 0
+) -> list[Buffer]:
     """The answer to `request`: y [R, H] contiguous, in the request's dtype."""
     rows, width = y.shape
-    header = _HEADER.pack(
-        MAGIC, VERSION, Kind.COMBINE, request.dtype, 0, request.layer, rows, 0, width, epoch, request.frame, 0, 0
-    )
-    return [header, tensor_bytes(y)]
+    times = (min(computed_us, _MAX_U32), min(waited_us, _MAX_U32))
+    header = Header(Kind.COMBINE, request.dtype, request.layer, rows, 0, width, epoch, request.frame, 0, *times)
+    return [header.pack(), tensor_bytes(y)]
 
 
 def error_parts(request: Header, code: int, message: str, epoch: int) -> list[Buffer]:
@@ -211,20 +211,27 @@ class DispatchBody(NamedTuple):
     """[P] float32"""
 
 
+def dispatch_views(
+    buffer: Buffer, dtype: torch.dtype, rows: int, width: int, pairs: int, offset: int = 0
+) -> DispatchBody:
+    """Tensors over the body of a dispatch frame that begins `offset` bytes into `buffer` (writable)."""
+    at = offset + rows * width * dtype.itemsize
+    return DispatchBody(
+        torch.frombuffer(buffer, dtype=dtype, count=rows * width, offset=offset).view(rows, width),
+        torch.frombuffer(buffer, dtype=torch.int32, count=pairs, offset=at),
+        torch.frombuffer(buffer, dtype=torch.int32, count=pairs, offset=at + 4 * pairs),
+        torch.frombuffer(buffer, dtype=torch.float32, count=pairs, offset=at + 8 * pairs),
+    )
+
+
 def parse_dispatch(header: Header, body: memoryview) -> DispatchBody:
     """Tensors over `body` (header.body_bytes long, writable). Raises WireError if a pair names a row that isn't."""
-    r, h, p = header.rows, header.width, header.pairs
-    dtype = DTYPES[header.dtype]
-    at = r * h * _ITEM_BYTES[header.dtype]
-    x = torch.frombuffer(body, dtype=dtype, count=r * h).view(r, h)
-    experts = torch.frombuffer(body, dtype=torch.int32, count=p, offset=at)
-    rows = torch.frombuffer(body, dtype=torch.int32, count=p, offset=at + 4 * p)
-    weights = torch.frombuffer(body, dtype=torch.float32, count=p, offset=at + 8 * p)
+    parsed = dispatch_views(body, DTYPES[header.dtype], header.rows, header.width, header.pairs)
     # As unsigned numbers, negative rows are the largest of all: one pass finds both kinds of wrong ones.
-    largest = int(np.frombuffer(body, dtype=np.uint32, count=p, offset=at + 4 * p).max())
-    if largest >= r:
-        raise WireError(f"a pair names row {np.uint32(largest).astype(np.int32)}; the frame has {r} rows")
-    return DispatchBody(x, experts, rows, weights)
+    largest = int(parsed.rows.numpy().view(np.uint32).max())
+    if largest >= header.rows:
+        raise WireError(f"a pair names row {np.uint32(largest).astype(np.int32)}; the frame has {header.rows} rows")
+    return parsed
 
 
 def parse_combine(header: Header, body: memoryview) -> torch.Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from benchmarks.bare import engine_environment
@@ -32,6 +33,13 @@ class BankHost:
         """y [R, H] for x [R, H], experts, rows, weights [P]."""
         with torch.inference_mode():
             return self._bank.compute(layer, DispatchBody(*body)).clone()
+
+    def load(self, wanted: IntArray) -> int:
+        """Makes these slots what is held; the tensor bytes that were read for it."""
+        before = self._checkpoint.bytes_read
+        self._bank.load(wanted)
+        assert np.array_equal(self._bank.slots, wanted)
+        return self._checkpoint.bytes_read - before
 
     def close(self) -> None:
         """Leaves vLLM's context."""

@@ -8,12 +8,15 @@ Run as a script it is a shard process of its own: prints its routing target as J
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import select
 import socket
+import struct
 import subprocess
 import sys
+import termios
 import threading
 import time
 import uuid
@@ -97,6 +100,10 @@ def held_by(slots: np.ndarray[Any, np.dtype[np.int32]], layers: tuple[int, ...])
     return {layer: {e for e in row if e >= 0} for layer, row in zip(layers, slots.tolist(), strict=True)}
 
 
+def _bytes_to_read(sock: socket.socket) -> int:
+    return int(struct.unpack("i", fcntl.ioctl(sock, termios.FIONREAD, bytes(4)))[0])
+
+
 class RunningServer:
     """A frame server with its target, in this process."""
 
@@ -112,13 +119,14 @@ class RunningServer:
         max_batch_rows: int = 8192,
         width: int = WIDTH,
         dtype: str = "float32",
+        clock_ns: Callable[[], int] = time.perf_counter_ns,
     ) -> None:
         self.shard = shard or uuid.uuid4().hex[:12]
         wanted = Address("unix", f"test-{self.shard}") if family == "unix" else Address("tcp", "127.0.0.1", 0)
         listener, self.address = listen(wanted)
         self.kernel = kernel
         me = peer or Peer(self.shard, REVISION, width, dtype)
-        self.server = FrameServer([listener], secret, me, kernel, limits, max_batch_rows)
+        self.server = FrameServer([listener], secret, me, kernel, limits, max_batch_rows, clock_ns)
         self.server.start()
         self.target = Target(self.shard, NODE, (str(self.address),))
 
@@ -126,6 +134,11 @@ class RunningServer:
         """Cuts every connection, as a crash would, while the kernel may hang."""
         for connection in list(self.server._connections.values()):
             connection.sock.shutdown(socket.SHUT_RDWR)
+
+    def frames_unread(self) -> list[int]:
+        """Bytes that wait in the socket of each connection where some do."""
+        sizes = [_bytes_to_read(c.sock) for c in list(self.server._connections.values())]
+        return [size for size in sizes if size]
 
     def stop(self) -> None:
         """Ends the server."""

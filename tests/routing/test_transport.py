@@ -96,6 +96,27 @@ def test_the_same_secret_connects_and_introduces(family: str) -> None:
             assert side.join().result == b"ping"
 
 
+def test_both_ends_of_a_tcp_connection_notice_a_node_that_went_dark() -> None:
+    ends: list[socket.socket] = []
+
+    def serve(sock: socket.socket) -> None:
+        challenge(sock, SECRET, ME)
+        ends.append(sock.dup())
+
+    with serving("tcp", serve) as (address, side):
+        ends.append(connect(address, SECRET, 5)[0])
+        side.join()
+        for sock in ends:
+            with sock:
+                assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+                idle, interval, probes = (
+                    sock.getsockopt(socket.IPPROTO_TCP, option)
+                    for option in (socket.TCP_KEEPIDLE, socket.TCP_KEEPINTVL, socket.TCP_KEEPCNT)
+                )
+                assert idle + interval * probes == 30
+                assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == 30_000
+
+
 @pytest.mark.parametrize("family", ["unix", "tcp"])
 def test_another_secret_is_refused_on_both_sides(family: str) -> None:
     with serving(family, lambda sock: challenge(sock, SECRET, ME)) as (address, side):

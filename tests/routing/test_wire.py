@@ -79,13 +79,20 @@ def test_dispatch_round_trip(
     assert bits(body.weights) == weights.tobytes()
 
 
-@given(dtype=st.sampled_from(list(DTYPES.values())), rows=st.integers(1, 40), width=st.integers(1, 33))
-def test_combine_round_trip(dtype: torch.dtype, rows: int, width: int) -> None:
+@given(
+    dtype=st.sampled_from(list(DTYPES.values())),
+    rows=st.integers(1, 40),
+    width=st.integers(1, 33),
+    computed_us=st.integers(0, 2**40),
+    waited_us=st.integers(0, 2**40),
+)
+def test_combine_round_trip(dtype: torch.dtype, rows: int, width: int, computed_us: int, waited_us: int) -> None:
     request = Header(Kind.DISPATCH, dtype_code(dtype), 3, rows, rows, width, 1, 99)
     y = torch.arange(rows * width).view(rows, width).to(dtype)
-    sent = join(combine_parts(request, y, epoch=12))
+    sent = join(combine_parts(request, y, 12, computed_us, waited_us))
     header = parse_header(sent, Limits())
-    assert header == Header(Kind.COMBINE, request.dtype, 3, rows, 0, width, 12, 99)
+    times = min(computed_us, 2**32 - 1), min(waited_us, 2**32 - 1)
+    assert header == Header(Kind.COMBINE, request.dtype, 3, rows, 0, width, 12, 99, 0, *times)
     assert bits(parse_combine(header, memoryview(sent)[HEADER_BYTES:])) == bits(y)
 
 
@@ -145,6 +152,7 @@ def test_the_documented_layout_is_what_is_packed() -> None:
         ({"kind": 4}, "kind 4"),
         ({"pad": 1}, "padding 1, 0"),
         ({"pad2": 9}, "padding 0, 9"),
+        ({"kind": 3, "dtype": 0, "width": 0, "pad2": 9}, "padding 0, 9"),
         ({"dtype": 0}, r"dtype code 0; allowed: \[1, 2, 3\]"),
         ({"dtype": 4}, "dtype code 4"),
         ({"rows": 0}, "0 rows in a frame; allowed: 1 to 64"),

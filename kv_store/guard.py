@@ -1,0 +1,60 @@
+"""Runs an embedded server for as long as its owner lives. A script of its own: it imports nothing but the library.
+
+    python -I guard.py OWNER_PID     and on standard input one line of JSON: {"binary", "folder", "config"}
+
+The server ends, and its folder goes, as soon as the owner closes our standard input or is gone, `kill -9` included
+(a pidfd tells, even if a child of the owner holds the pipe open). If we are killed ourselves the kernel ends the
+server (PR_SET_PDEATHSIG).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import select
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+_PR_SET_PDEATHSIG = 1
+
+
+def _die_with_parent() -> None:
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def main() -> int:
+    """Returns the server's exit status if it ended by itself, else 0."""
+    owner = os.pidfd_open(int(sys.argv[1]))
+    orders = open(0, "rb", buffering=0)  # noqa: SIM115 (for as long as we live; poll must see all that is left)
+    task = json.loads(orders.readline())
+    folder = Path(task["folder"])
+    with (folder / "log").open("wb") as log:
+        server = subprocess.Popen(
+            [task["binary"], "-"],
+            stdin=subprocess.PIPE,
+            stdout=log,
+            stderr=log,
+            cwd=folder,
+            preexec_fn=_die_with_parent,  # this process has one thread
+        )
+    assert server.stdin is not None
+    server.stdin.write(task["config"].encode())  # by pipe: a password has no place in a file or an argument list
+    server.stdin.close()
+    poll = select.poll()
+    for descriptor in (owner, orders.fileno(), os.pidfd_open(server.pid)):
+        poll.register(descriptor, select.POLLIN | select.POLLHUP)
+    poll.poll()
+    if (status := server.poll()) is not None:
+        return status
+    server.kill()
+    server.wait()
+    shutil.rmtree(folder, ignore_errors=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,30 @@
+"""`expertmesh render`: files for the tools that start clusters."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+render_app = typer.Typer(name="render", help="Write files for the tools that start clusters.", no_args_is_help=True)
+
+
+@render_app.callback()
+def _group() -> None:
+    """Keeps `ray-cluster` a word of its own while it is the only command."""
+
+
+@render_app.command("ray-cluster")
+def ray_cluster(
+    file: Annotated[Path, typer.Argument(help="YAML file with the sections `mesh` and `cluster`.")],
+    output: Annotated[Path, typer.Option(help="Folder to write to.")] = Path(),
+) -> None:
+    """Write `ray-cluster.yaml` for `ray up` and `serve.yaml` for `serve deploy`.
+
+    Example: expertmesh render ray-cluster examples/aws/cpu-experts-r7i.yaml --output cluster
+    """
+    from expertmesh.platform.render import render_ray_cluster
+
+    render_ray_cluster(file).write(output)
+    typer.echo(f"wrote ray-cluster.yaml and serve.yaml to {output}")

@@ -1,0 +1,360 @@
+"""The templates beside rayservice.yaml, one class each."""
+
+from __future__ import annotations
+
+import base64
+import json
+import re
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.helm.chart import CHART, NAME, NAMESPACE, RELEASE, Helm, Object, Refused
+
+SELECTOR = {"app.kubernetes.io/name": "expertmesh", "app.kubernetes.io/instance": RELEASE}
+
+FSX: dict[str, Any] = {"enabled": True, "fileSystemId": "fs-1", "dnsName": "fs-1.fsx", "mountName": "m"}
+
+MONITORING: dict[str, Any] = {
+    "podMonitor": {"enabled": True, "labels": {"release": "p"}},
+    "serviceMonitor": {"enabled": True, "interval": "30s"},
+    "dashboards": {"enabled": True, "annotations": {"grafana_folder": "mesh"}},
+}
+
+KARPENTER: dict[str, Any] = {
+    "enabled": True,
+    "nodeClass": {"role": "r", "subnetTags": {"k": "v"}, "securityGroupTags": {"k": "v"}},
+    "nodePools": {"gpu": {"instanceTypes": ["p5en.48xlarge"]}},
+}
+
+
+class TestSecret:
+    def test_random_and_long_enough(self, helm: Helm) -> None:
+        first = helm.template({}).one("Secret")["data"]["secret"]
+        second = helm.template({"commonLabels": {"a": "b"}}).one("Secret")["data"]["secret"]
+        assert len(base64.b64decode(first)) == 48
+        assert first != second
+
+    def test_an_existing_one_is_used(self, helm: Helm) -> None:
+        objects = helm.template({"clusterSecret": {"existingSecret": "mine", "key": "value"}})
+        assert objects.of("Secret") == []
+        assert objects.mesh["routing"]["secret_file"] == "/etc/expertmesh/secret/value"
+        assert all(pod["volumes"][0]["secret"]["secretName"] == "mine" for pod in objects.pods())
+
+
+class TestServiceAccount:
+    def test_irsa_by_annotation(self, helm: Helm) -> None:
+        annotations = {"eks.amazonaws.com/role-arn": "arn:aws:iam::111122223333:role/mesh"}
+        account = helm.template({"serviceAccount": {"annotations": annotations}}).one("ServiceAccount")
+        assert account["metadata"]["annotations"] == annotations
+
+    def test_one_that_is_there(self, helm: Helm) -> None:
+        objects = helm.template({"serviceAccount": {"create": False, "name": "mine"}})
+        assert objects.of("ServiceAccount") == []
+        assert {pod["serviceAccountName"] for pod in objects.pods()} == {"mine"}
+
+    def test_none_is_the_default_one(self, helm: Helm) -> None:
+        objects = helm.template({"serviceAccount": {"create": False}})
+        assert {pod["serviceAccountName"] for pod in objects.pods()} == {"default"}
+
+
+class TestValkey:
+    def test_off_by_default(self, helm: Helm) -> None:
+        assert helm.template().of("StatefulSet") == []
+
+    def test_memory_password_and_no_disk(self, helm: Helm) -> None:
+        objects = helm.template({"valkey": {"enabled": True, "maxMemoryMib": 300, "maxMemoryPolicy": "allkeys-lru"}})
+        pod = objects.one("StatefulSet")["spec"]["template"]["spec"]
+        [container] = pod["containers"]
+        text = " ".join(container["args"])
+        assert "--maxmemory 300mb --maxmemory-policy allkeys-lru --appendonly no" in text
+        assert "--requirepass $(VALKEY_PASSWORD)" in text
+        assert container["resources"]["limits"]["memory"] == "400Mi"
+        assert pod["volumes"] == [{"name": "data", "emptyDir": {}}]
+        assert (
+            objects.one("Service")["spec"]["selector"] == objects.one("StatefulSet")["spec"]["selector"]["matchLabels"]
+        )
+        assert len(base64.b64decode(objects.one("Secret", f"{NAME}-valkey")["data"]["password"])) == 32
+
+    def test_on_a_volume_with_a_password_from_elsewhere(self, helm: Helm) -> None:
+        persistence = {"enabled": True, "size": "5Gi", "storageClassName": "gp3"}
+        objects = helm.template({"valkey": {"enabled": True, "existingSecret": "pw", "persistence": persistence}})
+        spec = objects.one("StatefulSet")["spec"]
+        [claim] = spec["volumeClaimTemplates"]
+        assert claim["spec"]["storageClassName"] == "gp3"
+        assert claim["spec"]["resources"]["requests"]["storage"] == "5Gi"
+        assert "volumes" not in spec["template"]["spec"]
+        assert len(objects.of("Secret")) == 1
+        reference = spec["template"]["spec"]["containers"][0]["env"][0]["valueFrom"]["secretKeyRef"]
+        assert reference == {"name": "pw", "key": "password"}
+
+
+class TestStorage:
+    def test_fsx(self, helm: Helm) -> None:
+        objects = helm.template({"storage": {"fsx": {**FSX, "mountPath": "/models"}}})
+        volume, claim = objects.one("PersistentVolume"), objects.one("PersistentVolumeClaim")
+        assert volume["spec"]["csi"]["driver"] == "fsx.csi.aws.com"
+        assert volume["spec"]["csi"]["volumeAttributes"] == {"dnsname": "fs-1.fsx", "mountname": "m"}
+        assert claim["spec"]["volumeName"] == volume["metadata"]["name"]
+        assert volume["spec"]["claimRef"] == {"namespace": NAMESPACE, "name": claim["metadata"]["name"]}
+        for pod in objects.pods():
+            mounts = {mount["name"]: mount for mount in pod["containers"][0]["volumeMounts"]}
+            assert mounts["fsx"] == {"name": "fsx", "mountPath": "/models", "readOnly": True}
+
+    def test_s3(self, helm: Helm) -> None:
+        s3 = {"enabled": True, "bucket": "b", "region": "us-east-1", "prefix": "models/"}
+        volume = helm.template({"storage": {"s3": s3}}).one("PersistentVolume")["spec"]
+        assert volume["csi"]["volumeAttributes"] == {"bucketName": "b"}
+        assert volume["mountOptions"] == ["read-only", "allow-other", "region us-east-1", "prefix models/"]
+
+    def test_existing_claims(self, helm: Helm) -> None:
+        claims = [{"claimName": "a", "mountPath": "/a"}, {"claimName": "b", "mountPath": "/b", "readOnly": False}]
+        for pod in helm.template({"storage": {"existingClaims": claims}}).pods():
+            mounts = [mount for mount in pod["containers"][0]["volumeMounts"] if mount["name"].startswith("claim")]
+            assert [(mount["mountPath"], mount["readOnly"]) for mount in mounts] == [("/a", True), ("/b", False)]
+
+    @pytest.mark.parametrize("key", ["fileSystemId", "dnsName", "mountName"])
+    def test_what_is_missing_is_named(self, helm: Helm, key: str) -> None:
+        with pytest.raises(Refused, match=f"storage.fsx.{key}: needed"):
+            helm.template({"storage": {"fsx": {**FSX, key: ""}}})
+
+
+class TestNetworkPolicy:
+    def rules(self, helm: Helm, **more: Any) -> list[Object]:
+        rules: list[Object] = helm.template({"networkPolicy": {"enabled": True, **more}}).one("NetworkPolicy")["spec"][
+            "ingress"
+        ]
+        return rules
+
+    def test_off_by_default(self, helm: Helm) -> None:
+        assert helm.template().of("NetworkPolicy") == []
+
+    def test_the_mesh_reaches_itself_and_the_operator_its_two_ports(self, helm: Helm) -> None:
+        mesh, operator, monitoring, clients = self.rules(helm)
+        assert mesh == {"from": [{"podSelector": {"matchLabels": SELECTOR}}]}
+        assert [port["port"] for port in operator["ports"]] == [8265, 8000]
+        assert [port["port"] for port in monitoring["ports"]] == [8080, 44217, 44227]
+        assert clients == {"ports": [{"protocol": "TCP", "port": 8000}]}
+
+    def test_only_some_clients(self, helm: Helm) -> None:
+        peers = [{"podSelector": {"matchLabels": {"app": "chat"}}}]
+        assert self.rules(helm, clients=peers)[-1]["from"] == peers
+
+    def test_it_selects_every_pod_and_the_test(self, helm: Helm) -> None:
+        objects = helm.template({"networkPolicy": {"enabled": True}})
+        assert objects.one("NetworkPolicy")["spec"]["podSelector"]["matchLabels"] == SELECTOR
+        groups = [objects.cluster["headGroupSpec"], *objects.cluster["workerGroupSpecs"]]
+        labels = [group["template"]["metadata"]["labels"] for group in groups] + [
+            objects.one("Pod")["metadata"]["labels"]
+        ]
+        assert all(SELECTOR.items() <= each.items() for each in labels)
+
+    def test_egress_and_valkey(self, helm: Helm) -> None:
+        values = {"networkPolicy": {"enabled": True, "egressPorts": [443], "extraEgress": [{"to": []}]}}
+        objects = helm.template({**values, "valkey": {"enabled": True}})
+        egress = objects.one("NetworkPolicy", NAME)["spec"]["egress"]
+        ports = [port["port"] for rule in egress if "to" not in rule for port in rule["ports"]]
+        assert ports == [53, 53, 443]
+        assert egress[-1] == {"to": []}
+        valkey = objects.one("NetworkPolicy", f"{NAME}-valkey")["spec"]
+        assert valkey["ingress"][0]["from"][0] == {"podSelector": {"matchLabels": SELECTOR}}
+        assert any(rule.get("ports", [{}])[0].get("port") == 6379 for rule in egress)
+
+
+class TestPodDisruptionBudget:
+    def test_one_a_group_that_never_blocks_a_drain(self, helm: Helm) -> None:
+        budgets = helm.template().of("PodDisruptionBudget")
+        assert [budget["metadata"]["name"] for budget in budgets] == [
+            f"{NAME}-{n}" for n in ("head", "attention", "experts")
+        ]
+        assert all(budget["spec"]["maxUnavailable"] == 1 for budget in budgets)
+        assert all("minAvailable" not in budget["spec"] for budget in budgets)
+
+    def test_it_selects_the_group_pods(self, helm: Helm) -> None:
+        objects = helm.template()
+        selector = objects.one("PodDisruptionBudget", f"{NAME}-experts")["spec"]["selector"]["matchLabels"]
+        labels = objects.group("experts")["template"]["metadata"]["labels"]
+        assert selector.items() <= labels.items()
+        assert not selector.items() <= objects.group("attention")["template"]["metadata"]["labels"].items()
+
+    def test_off(self, helm: Helm) -> None:
+        assert helm.template({"podDisruptionBudget": {"enabled": False}}).of("PodDisruptionBudget") == []
+
+
+class TestMonitoring:
+    def test_workers_by_their_pods(self, helm: Helm) -> None:
+        objects = helm.template({"monitoring": MONITORING})
+        monitor = objects.one("PodMonitor")
+        assert monitor["metadata"]["labels"]["release"] == "p"
+        assert monitor["spec"]["selector"]["matchLabels"] == SELECTOR
+        [expression] = monitor["spec"]["selector"]["matchExpressions"]
+        assert objects.group("experts")["template"]["metadata"]["labels"][expression["key"]] in expression["values"]
+        assert objects.cluster["headGroupSpec"]["labels"][expression["key"]] not in expression["values"]
+        [endpoint] = monitor["spec"]["podMetricsEndpoints"]
+        ports = {port["name"] for port in objects.group("experts")["template"]["spec"]["containers"][0]["ports"]}
+        assert endpoint["port"] in ports
+
+    def test_the_head_by_a_service_of_its_own(self, helm: Helm) -> None:
+        objects = helm.template({"monitoring": MONITORING})
+        monitor, service = objects.one("ServiceMonitor"), objects.one("Service")
+        assert monitor["spec"]["selector"]["matchLabels"].items() <= service["metadata"]["labels"].items()
+        names = {port["name"] for port in service["spec"]["ports"]}
+        assert {endpoint["port"] for endpoint in monitor["spec"]["endpoints"]} == names
+        assert {endpoint["interval"] for endpoint in monitor["spec"]["endpoints"]} == {"30s"}
+        head = objects.cluster["headGroupSpec"]["template"]
+        assert service["spec"]["selector"].items() <= head["metadata"]["labels"].items()
+        assert names <= {port["name"] for port in head["spec"]["containers"][0]["ports"]}
+
+    def test_dashboards_are_the_files(self, helm: Helm) -> None:
+        config_map = helm.template({"monitoring": MONITORING}).one("ConfigMap")
+        assert config_map["metadata"]["labels"]["grafana_dashboard"] == "1"
+        files = {path.name: json.loads(path.read_text()) for path in (CHART / "dashboards").glob("*.json")}
+        assert {name: json.loads(text) for name, text in config_map["data"].items()} == files
+
+    @pytest.mark.parametrize("path", sorted((CHART / "dashboards").glob("*.json")), ids=lambda path: path.stem)
+    def test_dashboards_ask_only_for_what_ray_exports(self, path: Path) -> None:
+        """Every series of a dashboard is one that Ray's own dashboards show."""
+        spec = find_spec("ray")
+        assert spec is not None
+        assert spec.submodule_search_locations is not None
+        source = Path(spec.submodule_search_locations[0]) / "dashboard" / "modules" / "metrics" / "dashboards"
+        known = set(re.findall(r"\b(?:ray|autoscaler)_\w+", " ".join(file.read_text() for file in source.glob("*.py"))))
+        board = json.loads(path.read_text())
+        expressions = [target["expr"] for panel in board["panels"] for target in panel["targets"]]
+        asked = {name for text in expressions for name in re.findall(r"\b(?:ray|autoscaler)_\w+(?=\{)", text)}
+        assert len(board["panels"]) >= 8
+        assert asked
+        assert asked <= known
+
+    def test_off_by_default(self, helm: Helm) -> None:
+        kinds = {each["kind"] for each in helm.template()}
+        assert not kinds & {"PodMonitor", "ServiceMonitor", "ConfigMap"}
+
+
+class TestIngress:
+    def test_alb_with_tls(self, helm: Helm) -> None:
+        alb = {
+            "enabled": True,
+            "host": "h",
+            "certificateArn": "arn:c",
+            "idleTimeoutSeconds": 60,
+            "annotations": {"x": "y"},
+        }
+        ingress = helm.template({"ingress": {"alb": alb}}).one("Ingress")
+        annotations = ingress["metadata"]["annotations"]
+        assert annotations["alb.ingress.kubernetes.io/scheme"] == "internal"
+        assert json.loads(annotations["alb.ingress.kubernetes.io/listen-ports"]) == [{"HTTPS": 443}]
+        assert annotations["alb.ingress.kubernetes.io/load-balancer-attributes"] == "idle_timeout.timeout_seconds=60"
+        assert annotations["x"] == "y"
+        assert ingress["spec"]["ingressClassName"] == "alb"
+        [rule] = ingress["spec"]["rules"]
+        assert rule["host"] == "h"
+        assert rule["http"]["paths"][0]["backend"]["service"] == {"name": f"{NAME}-serve-svc", "port": {"number": 8000}}
+
+    def test_alb_without_tls(self, helm: Helm) -> None:
+        annotations = helm.template({"ingress": {"alb": {"enabled": True}}}).one("Ingress")["metadata"]["annotations"]
+        assert json.loads(annotations["alb.ingress.kubernetes.io/listen-ports"]) == [{"HTTP": 80}]
+        assert "alb.ingress.kubernetes.io/certificate-arn" not in annotations
+
+    def test_nlb_is_serves_own_service(self, helm: Helm) -> None:
+        nlb = {"enabled": True, "certificateArn": "arn:c", "sourceRanges": ["10.0.0.0/8"], "annotations": {"x": "y"}}
+        service = helm.template({"ingress": {"nlb": nlb}}).one("RayService")["spec"]["serveService"]
+        assert service["spec"]["loadBalancerClass"] == "service.k8s.aws/nlb"
+        assert service["spec"]["loadBalancerSourceRanges"] == ["10.0.0.0/8"]
+        prefix = "service.beta.kubernetes.io/aws-load-balancer"
+        assert service["metadata"]["annotations"][f"{prefix}-scheme"] == "internal"
+        assert service["metadata"]["annotations"][f"{prefix}-ssl-cert"] == "arn:c"
+        assert service["metadata"]["annotations"]["x"] == "y"
+        assert service["metadata"]["name"] == f"{NAME}-serve-svc"
+
+    def test_neither_by_default(self, helm: Helm) -> None:
+        objects = helm.template()
+        assert objects.of("Ingress") == []
+        assert "serveService" not in objects.one("RayService")["spec"]
+
+
+class TestKarpenter:
+    def test_pools_refer_to_the_class(self, helm: Helm) -> None:
+        objects = helm.template({"karpenter": KARPENTER})
+        reference = objects.one("NodePool")["spec"]["template"]["spec"]["nodeClassRef"]
+        assert reference["name"] == objects.one("EC2NodeClass")["metadata"]["name"] == f"{NAMESPACE}-{NAME}"
+
+    def test_defaults_are_on_demand_and_stay(self, helm: Helm) -> None:
+        spec = helm.template({"karpenter": KARPENTER}).one("NodePool")["spec"]
+        requirements = {each["key"]: each["values"] for each in spec["template"]["spec"]["requirements"]}
+        assert requirements["karpenter.sh/capacity-type"] == ["on-demand"]
+        assert spec["template"]["spec"]["expireAfter"] == "Never"
+        assert spec["disruption"] == {"consolidationPolicy": "WhenEmpty", "consolidateAfter": "10m"}
+
+    def test_everything_of_a_pool(self, helm: Helm) -> None:
+        pool = {
+            "instanceTypes": ["r7i.8xlarge"],
+            "capacityTypes": ["spot"],
+            "zones": ["us-east-1a"],
+            "labels": {"a": "b"},
+            "taints": [{"key": "t", "effect": "NoSchedule"}],
+            "limits": {"cpu": 64},
+            "weight": 5,
+            "consolidateAfter": "1h",
+            "expireAfter": "24h",
+        }
+        spec = helm.template({"karpenter": {**KARPENTER, "nodePools": {"memory": pool}}}).one("NodePool")["spec"]
+        assert spec["template"]["metadata"]["labels"] == {"expertmesh.io/pool": "memory", "a": "b"}
+        assert spec["template"]["spec"]["taints"] == pool["taints"]
+        assert spec["template"]["spec"]["expireAfter"] == "24h"
+        assert (spec["limits"], spec["weight"]) == ({"cpu": 64}, 5)
+        values = [each["values"] for each in spec["template"]["spec"]["requirements"]]
+        assert values == [["r7i.8xlarge"], ["spot"], ["us-east-1a"]]
+
+    def test_the_class_is_encrypted_and_takes_reservations(self, helm: Helm) -> None:
+        more = {"capacityReservationIds": ["cr-1"], "placementGroup": "pg", "tags": {"a": "b"}}
+        karpenter = {**KARPENTER, "nodeClass": {**KARPENTER["nodeClass"], **more}}
+        spec = helm.template({"karpenter": karpenter}).one("EC2NodeClass")["spec"]
+        assert spec["capacityReservationSelectorTerms"] == [{"id": "cr-1"}]
+        assert spec["placementGroupSelector"] == {"name": "pg"}
+        assert spec["tags"] == {"a": "b"}
+        assert spec["blockDeviceMappings"][0]["ebs"]["encrypted"] is True
+        assert spec["metadataOptions"]["httpTokens"] == "required"
+
+    @pytest.mark.parametrize("change", [{"role": ""}, {"instanceProfile": "p"}])
+    def test_role_or_profile(self, helm: Helm, change: dict[str, str]) -> None:
+        karpenter = {**KARPENTER, "nodeClass": {**KARPENTER["nodeClass"], **change}}
+        with pytest.raises(Refused, match="give either role or instanceProfile"):
+            helm.template({"karpenter": karpenter})
+
+
+class TestExtraObjectsTestPodAndNotes:
+    def test_extra_objects_as_mapping_and_text(self, helm: Helm) -> None:
+        item = {"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "{{ .Release.Name }}-a"}}
+        text = "apiVersion: v1\nkind: ConfigMap\nmetadata: {name: b}\n"
+        found = helm.template({"extraObjects": [item, text]}).of("ConfigMap")
+        assert [each["metadata"]["name"] for each in found] == ["mesh-a", "b"]
+
+    def test_the_test_pod_asks_the_serve_service(self, helm: Helm) -> None:
+        pod = helm.template({"tests": {"timeoutSeconds": 9}}).one("Pod")
+        assert pod["metadata"]["annotations"]["helm.sh/hook"] == "test"
+        [container] = pod["spec"]["containers"]
+        code, url, seconds = container["args"]
+        assert (url, seconds) == (f"http://{NAME}-serve-svc:8000", "9")
+        compile(code, "test", "exec")
+        assert helm.template({"tests": {"enabled": False}}).of("Pod") == []
+
+    def test_common_labels_are_everywhere(self, helm: Helm) -> None:
+        values = {"commonLabels": {"team": "x"}, "karpenter": KARPENTER, "valkey": {"enabled": True}}
+        objects = helm.template({**values, "monitoring": MONITORING, "networkPolicy": {"enabled": True}})
+        assert all(each["metadata"]["labels"]["team"] == "x" for each in objects)
+
+    @pytest.mark.parametrize(
+        ("values", "sentence"),
+        [
+            ({}, "experts: experts, 2 to 2 pods of 1 replicas on cpu"),
+            ({}, "aws eks create-pod-identity-association"),
+            ({}, "Argo CD"),
+            ({"ingress": {"nlb": {"enabled": True, "scheme": "internet-facing"}}}, "WARNING: the load balancer faces"),
+        ],
+    )
+    def test_notes(self, helm: Helm, values: dict[str, Any], sentence: str) -> None:
+        arguments = ["install", RELEASE, str(CHART), "--namespace", NAMESPACE, "--dry-run=client"]
+        assert sentence in helm.run(*arguments, values=values)
