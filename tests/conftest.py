@@ -51,7 +51,8 @@ def demo_mesh(demo_folder: Path) -> Iterator[LocalMesh]:
         "model": "demo",
         "ingress": {"port": free_port()},
         "attention": {"kv_cache_gib": 0.5, "inactivity_timeout_s": 300},
-        "routing": {"unavailable_timeout_s": 240},  # a replacement on two busy cores may take a minute
+        # A replacement on two busy cores may take a minute. Experts move only where a test asks for it.
+        "routing": {"unavailable_timeout_s": 240, "rebalance": {"interval_s": 100_000}},
     }
     with LocalMesh(load_config(settings)) as mesh:
         yield mesh

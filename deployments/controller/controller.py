@@ -68,6 +68,7 @@ class Controller:
         self._changed = asyncio.Event()
         self._announced = 0
         self._started = time.monotonic()
+        self._planner.observe(self._members.loads(), self._started)
         self._tasks: list[asyncio.Task[None]] = []
 
     # -- shards -------------------------------------------------------------------------------------------------
@@ -244,6 +245,8 @@ class Controller:
         return {"pairs": member.stats.get("pairs", 0) - pairs, "busy_s": member.stats.get("busy_s", 0.0) - busy_s}
 
     async def _planned(self) -> list[Move]:
+        if self._planner.observe(self._members.loads(), time.monotonic()):
+            log.info("traffic has shifted in %d layers", len(self._planner.shifted))
         situation = self._situation()
         self._counted = {
             m.shard: (m.stats.get("pairs", 0), m.stats.get("busy_s", 0.0)) for m in self._members.shards.values()
@@ -264,8 +267,6 @@ class Controller:
         while True:
             await asyncio.sleep(self._config.routing.rebalance.interval_s)
             try:
-                if self._planner.observe(self._members.loads(), time.monotonic()):
-                    log.info("traffic has shifted in %d layers", len(self._planner.shifted))
                 if not self._replacement.busy:
                     moves = await self._planned()
                     self._begin([] if self._frozen else moves)

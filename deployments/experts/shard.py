@@ -69,7 +69,8 @@ class Shard:
         """Seconds spent loading so far."""
         listeners = [listen(address) for address in self._wanted(settings)]
         self.addresses: Sequence[str] = tuple(str(address) for _, address in listeners)
-        me = Peer(self.shard_id, revision or checkpoint_revision(checkpoint), self.bank.width, self.bank.dtype)
+        revision = revision or checkpoint_revision(open_checkpoint(settings.folder))  # its samples are no weights read
+        me = Peer(self.shard_id, revision, self.bank.width, self.bank.dtype)
         sockets = [sock for sock, _ in listeners]
         self.server = FrameServer(sockets, secret, me, self.bank, settings.limits, settings.max_batch_rows)
 

@@ -31,3 +31,22 @@ def test_a_killed_shard_is_replaced_and_requests_that_wait_go_on(demo_mesh: Loca
         assert {s.index for s in new.shards} == {0, 1}
         assert len({s.shard for s in new.shards} & {s.shard for s in old.shards}) == 1
         assert client.completions.create(**settings).choices[0].text == before
+
+
+def test_experts_move_while_it_serves_and_answers_stay_the_same(demo_mesh: LocalMesh) -> None:
+    settings = {"model": "demo", "prompt": "Water boils at", "max_tokens": 48, "temperature": 0}
+    with Client(base_url=demo_mesh.url, timeout=300, max_retries=0) as client:
+        assert client.mesh.freeze() is None
+        assert client.mesh.placement().frozen
+        client.mesh.freeze(False)
+        before = client.completions.create(**settings).choices[0].text
+        assert eventually(lambda: sum(map(sum, client.mesh.loads().tokens)) > 0, 10)
+        plan = client.mesh.apply()
+        assert plan.moves, f"balancedness {plan.balancedness}"
+        during = client.completions.create(**settings).choices[0].text
+        assert during == before
+        assert eventually(lambda: not client.mesh.placement().running, 60)
+        placement = client.mesh.placement()
+        assert len([move for move in placement.ended if "(done)" in move]) >= len(plan.moves)
+        assert client.mesh.status().placement.missing_experts == 0
+        assert client.completions.create(**settings).choices[0].text == before
