@@ -184,11 +184,11 @@ Ask = Callable[..., Awaitable[Any]]
 def ask(request: pytest.FixtureRequest) -> Ask:
     """Asks one admin route through one of the two clients."""
 
-    async def with_client(url: str | None, route: str, *arguments: str, **options: Any) -> Any:
+    async def with_client(url: str | None, route: str, *arguments: Any, **options: Any) -> Any:
         with Client(base_url=url, **options) as client:
             return getattr(client.mesh, route)(*arguments)
 
-    async def with_async_client(url: str | None, route: str, *arguments: str, **options: Any) -> Any:
+    async def with_async_client(url: str | None, route: str, *arguments: Any, **options: Any) -> Any:
         async with AsyncClient(base_url=url, **options) as client:
             return await getattr(client.mesh, route)(*arguments)
 
@@ -230,6 +230,52 @@ async def test_placement_and_loads(ask: Ask, ingress: Ingress) -> None:
         placement.holders(7, 0)
     with pytest.raises(ValueError, match="no expert 4; allowed: 0 to 3"):
         placement.holders(0, EXPERTS)
+
+
+async def test_a_plan_is_made_and_nothing_of_it_carried_out(ask: Ask, ingress: Ingress) -> None:
+    before = await ask(ingress.url, "placement")
+    plan = await ask(ingress.url, "plan")
+    assert plan == await ask(ingress.url, "plan"), "asking changes nothing"
+    assert (plan.moves, 0 < plan.balancedness <= 1) == ([], True)
+    assert await ask(ingress.url, "placement") == before
+
+
+async def test_experts_are_frozen_and_let_go(ask: Ask, ingress: Ingress) -> None:
+    await ask(ingress.url, "freeze")
+    assert (await ask(ingress.url, "placement")).frozen
+    assert (await ask(ingress.url, "status")).placement.frozen
+    await ask(ingress.url, "freeze", False)
+    assert not (await ask(ingress.url, "placement")).frozen
+
+
+async def test_applying_where_experts_stay_is_refused_in_words(ask: Ask, tmp_path: Path) -> None:
+    model = write_checkpoint(tmp_path / "fixed")
+    fixed = Controller(load_config({"model": model, "routing": {"rebalance": {"enabled": False}}}))
+    ingress = Ingress(fixed)
+    with served(ingress.app) as url:
+        with pytest.raises(ExpertMeshError, match=r"409: routing\.rebalance\.enabled is false"):
+            await ask(url, "apply")
+        wrong = openai.OpenAI(base_url=url, api_key="none", max_retries=0)
+        with wrong, pytest.raises(openai.UnprocessableEntityError) as refused:
+            wrong.post(f"{url}/mesh/placement/freeze", cast_to=str, body={"frozen": "yes"})
+        assert "frozen" in refused.value.response.text
+
+
+def test_placement_commands(ingress: Ingress) -> None:
+    def run(*arguments: str) -> str:
+        result = CliRunner().invoke(cli, ["placement", *arguments, "--url", ingress.url])
+        assert result.exit_code == 0, result.output
+        return result.output
+
+    assert "shard 1 (shard-1)\n  layer 0: 1 3" in run("show")
+    assert json.loads(run("show", "--json"))["experts"] == EXPERTS
+    assert run("plan") == "balancedness 0.833\nno move would pay\n"
+    assert json.loads(run("apply", "--json"))["moves"] == []
+    assert run("freeze") == "experts stay where they are\n"
+    assert ", frozen" in run("show")
+    assert run("freeze", "--off") == "experts are moved as traffic moves\n"
+    gone = CliRunner().invoke(cli, ["placement", "show", "--url", "http://127.0.0.1:9"])
+    assert (gone.exit_code, gone.output.startswith("error: ")) == (1, True)
 
 
 async def test_a_shard_that_left(ask: Ask, controller: Controller, ingress: Ingress) -> None:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from expertmesh.deployments.controller.membership import Membership
-from expertmesh.deployments.messages import AttentionReport, JoinRequest, Lease, Orders, ShardReport
+from expertmesh.deployments.messages import AttentionReport, JoinRequest, Lease, ShardReport
 from expertmesh.routing.placement import Target, even_slots
 
 LAYERS, EXPERTS, SHARDS, TIMEOUT_S = (0, 2), 6, 3, 10.0
@@ -32,7 +32,7 @@ def target(shard: str) -> Target:
     return Target(shard, "node", (f"unix:@{shard}",))
 
 
-def beat(members: Membership, shard: str, **stats: Any) -> Orders | None:
+def beat(members: Membership, shard: str, **stats: Any) -> bool:
     """A heartbeat of a shard that serves what it was leased."""
     member = members.shards.get(shard)
     held = members.slots[member.index].copy() if member is not None else None

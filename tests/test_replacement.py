@@ -43,10 +43,9 @@ class Mesh:
     def beat(self, shard: str, failed: IntArray | None = None) -> None:
         target = Target(shard, "node", (f"unix:@{shard}",))
         report = ShardReport(shard, target, self.held[shard].copy(), failed, "no such tensor")
-        assert self.members.heartbeat(report) is not None
+        assert self.members.heartbeat(report)
         self.replacement.advance()
-        orders = self.members.heartbeat(report)
-        assert orders is not None
+        orders = self.members.orders(shard)
         self.orders.pop(shard, None)
         if orders.slots is not None:
             self.orders[shard] = orders.slots

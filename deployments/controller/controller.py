@@ -29,6 +29,7 @@ from expertmesh.routing.placement.static import IntArray
 
 log = logging.getLogger("expertmesh.controller")
 
+_BUSY = "another plan is being carried out; `placement show` lists its moves"
 _LOADING_BYTES_A_SECOND = 1e9
 """Assumed until a shard has measured it."""
 
@@ -48,7 +49,7 @@ class Controller:
             layout.num_experts,
             shards,
             redundancy,
-            spare=config.experts.spare_slots,
+            spare=config.experts.spare_slots if meshed else 0,
             staging=meshed and rebalance.enabled,
         )
         self._config = config
@@ -59,16 +60,17 @@ class Controller:
         self._members = Membership(layout.layers, layout.num_experts, slots, timeout_s, time.monotonic)
         self._replacement = Replacement(self._members, redundancy)
         limits = Limits(1, rebalance.moves, horizon_s=rebalance.horizon_s, least_gain=rebalance.least_gain)
-        self._planner = Planner(len(layout.layers), layout.num_experts, redundancy, rebalance.half_life_s, limits)
         self._staging = meshed and rebalance.enabled
         self._frozen = False
         self._balancedness = 1.0
         self._counted: dict[str, tuple[int, float]] = {}
-        """`pairs` and `busy_s` of each shard when a plan was last made."""
+        """`pairs` and `busy_s` of each shard when the loads were last looked at."""
         self._changed = asyncio.Event()
         self._announced = 0
         self._started = time.monotonic()
-        self._planner.observe(self._members.loads(), self._started)
+        self._planner = Planner(
+            len(layout.layers), layout.num_experts, redundancy, rebalance.half_life_s, limits, self._started
+        )
         self._tasks: list[asyncio.Task[None]] = []
 
     # -- shards -------------------------------------------------------------------------------------------------
@@ -80,10 +82,10 @@ class Controller:
 
     async def heartbeat(self, report: ShardReport) -> Orders | None:
         """Takes a shard's report; what it is to hold, or None if the shard must join (again)."""
-        if self._members.heartbeat(report) is None:
+        if not self._members.heartbeat(report):
             return None
         self._follow_up()
-        return self._members.heartbeat(report)  # what follows from the report may be orders for the one who sent it
+        return self._members.orders(report.shard)
 
     async def leave(self, shard: str) -> None:
         """A shard goes: its experts are for the next one that joins."""
@@ -202,8 +204,10 @@ class Controller:
         if not self._staging:
             raise ValueError("routing.rebalance.enabled is false: shards have no slot to load into")
         if self._replacement.busy:
-            raise ValueError("another plan is being carried out; `placement show` lists its moves")
+            raise ValueError(_BUSY)
         moves = await self._planned()
+        if self._replacement.busy:
+            raise ValueError(_BUSY)  # begun while this one was made
         self._begin(moves)
         return {"moves": [str(move) for move in moves], "balancedness": round(self._balancedness, 4)}
 
@@ -233,7 +237,7 @@ class Controller:
         ready[list(serving)] = True
         return Situation(
             slots=without_staging(members.slots) if self._staging else members.slots.copy(),
-            loads=self._planner.loads.rows_a_second,
+            loads=self._planner.current(members.loads(), time.monotonic()),
             rates=measured_rates({index: self._lately(m) for index, m in serving.items()}, len(members.slots)),
             ready=ready,
             expert_bytes=self._expert_bytes // self._logical_experts,
@@ -245,12 +249,8 @@ class Controller:
         return {"pairs": member.stats.get("pairs", 0) - pairs, "busy_s": member.stats.get("busy_s", 0.0) - busy_s}
 
     async def _planned(self) -> list[Move]:
-        if self._planner.observe(self._members.loads(), time.monotonic()):
-            log.info("traffic has shifted in %d layers", len(self._planner.shifted))
+        """The moves that would pay now. Changes nothing but what is known of balancedness."""
         situation = self._situation()
-        self._counted = {
-            m.shard: (m.stats.get("pairs", 0), m.stats.get("busy_s", 0.0)) for m in self._members.shards.values()
-        }
 
         def work() -> tuple[list[Move], float]:
             return self._planner.moves(situation), predicted_balancedness(situation)
@@ -259,7 +259,7 @@ class Controller:
         return moves
 
     def _begin(self, moves: Sequence[Move]) -> None:
-        if moves and not self._replacement.busy:
+        if moves:
             self._replacement.start(moves)
             self._follow_up()
 
@@ -267,9 +267,15 @@ class Controller:
         while True:
             await asyncio.sleep(self._config.routing.rebalance.interval_s)
             try:
-                if not self._replacement.busy:
-                    moves = await self._planned()
-                    self._begin([] if self._frozen else moves)
+                if self._planner.observe(self._members.loads(), time.monotonic()):
+                    log.info("traffic has shifted in %d layers", len(self._planner.shifted))
+                moves = await self._planned()
+                self._counted = {
+                    m.shard: (m.stats.get("pairs", 0), m.stats.get("busy_s", 0.0))
+                    for m in self._members.shards.values()
+                }
+                if not (self._frozen or self._replacement.busy):
+                    self._begin(moves)
             except Exception:  # a bug in planning must not end it: serving doesn't depend on it
                 log.exception("no plan was made")
 

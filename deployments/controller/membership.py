@@ -84,11 +84,11 @@ class Membership:
         member.seen = self._clock()
         return Lease(member.index, self.slots[member.index].copy(), self.epoch)
 
-    def heartbeat(self, report: ShardReport) -> Orders | None:
-        """Takes a shard's report; what it is to hold, or None if it holds no lease and must join (again)."""
+    def heartbeat(self, report: ShardReport) -> bool:
+        """Takes a shard's report; False if it holds no lease and must join (again)."""
         member = self.shards.get(report.shard)
         if member is None:
-            return None
+            return False
         member.seen = self._clock()
         member.stats = report.stats
         ordered = self.slots[member.index]
@@ -97,7 +97,13 @@ class Membership:
         member.target, member.held = report.target, report.held
         if not np.array_equal(served, self._served(member)):
             self.epoch += 1
-        as_ordered = report.held is None or np.array_equal(report.held, ordered)
+        return True
+
+    def orders(self, shard: str) -> Orders:
+        """What a shard with a lease is to hold from now on. Raises KeyError for one without."""
+        member = self.shards[shard]
+        ordered = self.slots[member.index]
+        as_ordered = member.held is None or np.array_equal(member.held, ordered)
         return Orders(self.epoch, None if as_ordered else ordered.copy())
 
     def leave(self, shard: str) -> None:

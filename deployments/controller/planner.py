@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -28,8 +28,7 @@ class Situation:
 
     slots: IntArray
     """[shards, layers, P] without staging slots."""
-    loads: Floats
-    """[layers, experts] rows a second."""
+    loads: Loads
     rates: Floats
     """[shards] rows a second."""
     ready: np.ndarray[Any, np.dtype[np.bool_]]
@@ -41,45 +40,52 @@ class Situation:
 class Planner:
     """Keeps decayed loads and knows the rules by which moves pay."""
 
-    def __init__(self, layers: int, experts: int, redundancy: int, half_life_s: float, limits: Limits) -> None:
+    def __init__(
+        self, layers: int, experts: int, redundancy: int, half_life_s: float, limits: Limits, now: float
+    ) -> None:
+        """now: when counting begins, in seconds, on the clock of all later times."""
         self._redundancy = redundancy
         self._half_life_s = half_life_s
         self._limits = limits
         self._seen = np.zeros((layers, experts), dtype=np.int64)
-        self._at: float | None = None
+        self._at = now
         self.loads = Loads.none(layers, experts)
         self.shifted: list[int] = []
         """Layers (positions) in which the last window was no sample of the traffic before."""
 
     def observe(self, total: Counts, now: float) -> bool:
-        """Takes the tokens counted since the start [layers, experts]; whether traffic has shifted.
+        """Takes the tokens counted since the start [layers, experts] and begins a new window; whether traffic shifted.
 
         Windows without a token say nothing. After a shift what was before is forgotten: half a half-life of the old mix
         would outweigh the first windows of the new one.
         """
-        began, self._at = self._at, now
-        window = np.maximum(total - self._seen, 0)
-        self._seen = total.copy()
-        if began is None or now <= began or not window.any():
+        window, seconds = self._window(total, now)
+        self._seen, self._at = total.copy(), now
+        if not window.any():
             return False
         shifted = self.loads.shift(window).found()
         self.shifted = np.flatnonzero(shifted).tolist()
         moved = bool(shifted.mean() >= 0.5)
-        if moved:
-            self.loads = Loads.none(*self._seen.shape)
-        self.loads = self.loads.after(window, now - began, self._half_life_s)
+        before = Loads.none(*total.shape) if moved else self.loads
+        self.loads = before.after(window, seconds, self._half_life_s)
         return moved
 
-    @property
-    def informed(self) -> bool:
-        """Whether enough was seen to plan by."""
-        return bool((self.loads.tokens.sum(axis=1) >= _LEAST_TOKENS_AN_EXPERT * self._seen.shape[1]).all())
+    def current(self, total: Counts, now: float) -> Loads:
+        """The loads with the window that has begun, which goes on."""
+        window, seconds = self._window(total, now)
+        return self.loads.after(window, seconds, self._half_life_s) if window.any() else self.loads
+
+    def _window(self, total: Counts, now: float) -> tuple[Counts, float]:
+        """Tokens of each expert and seconds since the last `observe`; no tokens if no time has passed."""
+        seconds = now - self._at
+        return np.maximum(total - self._seen, 0) * (seconds > 0), seconds
 
     def moves(self, situation: Situation) -> list[Move]:
         """What to do now, in the order of its steps; nothing if nothing pays. CPU work: up to seconds."""
+        loads = situation.loads.rows_a_second
         wanting = repair(
             situation.slots,
-            situation.loads,
+            loads,
             redundancy=self._redundancy,
             rates=situation.rates,
             ready=np.ones(len(situation.slots), dtype=bool),
@@ -87,22 +93,16 @@ class Planner:
         )
         if wanting.moves:
             return wanting.moves
-        if not self.informed or not situation.ready.all():
+        informed = (situation.loads.tokens.sum(axis=1) >= _LEAST_TOKENS_AN_EXPERT * loads.shape[1]).all()
+        if not informed or not situation.ready.all():
             return []
         return plan(
             situation.slots,
-            situation.loads,
+            loads,
             redundancy=self._redundancy,
             rates=situation.rates,
             ready=situation.ready,
-            limits=Limits(
-                self._limits.steps,
-                self._limits.moves_a_step,
-                situation.expert_bytes,
-                situation.bytes_a_second,
-                self._limits.horizon_s,
-                self._limits.least_gain,
-            ),
+            limits=replace(self._limits, expert_bytes=situation.expert_bytes, bytes_a_second=situation.bytes_a_second),
         )
 
 
@@ -131,12 +131,13 @@ def measured_rates(stats: Mapping[int, Mapping[str, Any]], shards: int) -> Float
 
 def predicted_balancedness(situation: Situation) -> float:
     """Mean over the layers, if dispatch splits the loads as it does; over the shards that are ready."""
-    if not situation.ready.any() or not situation.loads.any():
+    loads = situation.loads.rows_a_second
+    if not situation.ready.any() or not loads.any():
         return 1.0
     seconds, up = (1.0 / situation.rates).tolist(), situation.ready.tolist()
     layers = []
     for layer in range(situation.slots.shape[1]):
-        state = LayerState(situation.slots[:, layer], situation.loads[layer], seconds, up)
+        state = LayerState(situation.slots[:, layer], loads[layer], seconds, up)
         times = np.array([state.times[shard] for shard in state.ready])
         layers.append(float(layer_balancedness(times, situation.rates[situation.ready])))
     return float(np.mean(layers))

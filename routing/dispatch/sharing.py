@@ -14,8 +14,7 @@ import numpy as np
 from expertmesh.errors import ConfigError
 from expertmesh.routing.dispatch.copies import LayerCopies
 from expertmesh.routing.dispatch.cost import ShardCost
-from expertmesh.routing.dispatch.policy import EXPERT_COST_ROWS
-from expertmesh.routing.dispatch.split import Counts, LayerSplit, Mask
+from expertmesh.routing.dispatch.split import EXPERT_COST_ROWS, Counts, LayerSplit, Mask
 from expertmesh.routing.placement import RoutingTable
 
 _SPLITS_A_LAYER = 4

@@ -15,7 +15,7 @@ import torch
 
 from expertmesh.routing.dispatch import Dispatcher, DispatchSettings, StaticTable, create_policy
 from expertmesh.routing.dispatch.copies import TableCopies
-from expertmesh.routing.dispatch.policy import EXPERT_COST_ROWS
+from expertmesh.routing.dispatch.split import EXPERT_COST_ROWS
 from expertmesh.routing.placement import RoutingTable, Target, build_table, even_slots
 from expertmesh.routing.wire.frame import DispatchBody
 from tests.routing.harness import EXPERTS, LAYERS, NODE, REVISION, SECRET, RunningServer, batch

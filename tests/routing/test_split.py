@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from expertmesh.routing.dispatch.cost import ShardCost
-from expertmesh.routing.dispatch.split import LayerSplit, split_tokens
+from expertmesh.routing.dispatch.split import EXPERT_COST_ROWS, LayerSplit
 from expertmesh.routing.placement import build_table, even_slots
 from expertmesh.routing.placement.pouring import Pouring
 from expertmesh.routing.placement.static import IntArray
@@ -20,6 +20,17 @@ from expertmesh.routing.placement.table import Target
 
 Counts = np.ndarray[Any, np.dtype[np.int64]]
 Floats = np.ndarray[Any, np.dtype[np.float64]]
+
+
+def split_tokens(
+    counts: Counts,
+    copies: IntArray,
+    seconds: Floats,
+    waiting: Floats,
+    up: np.ndarray[Any, np.dtype[np.bool_]],
+    opening: float = EXPERT_COST_ROWS,
+) -> Counts:
+    return LayerSplit(copies, up)(counts, seconds, waiting, opening)
 
 
 @dataclass(frozen=True)
