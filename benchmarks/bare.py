@@ -23,7 +23,7 @@ from expertmesh.platform.checkpoints import checkpoint_revision, expert_layout, 
 from expertmesh.routing.dispatch import Mailbox
 from expertmesh.routing.placement import Target, build_table, even_slots
 from expertmesh.routing.placement.static import IntArray
-from expertmesh.routing.vllm_plugin import CPU_EXECUTOR, LOAD_FORMAT, MeshSettings, Role
+from expertmesh.routing.vllm_plugin import CPU_EXECUTOR, LOAD_FORMAT, SCHEDULER, MeshSettings, Role
 
 _NODE = "here"
 
@@ -155,6 +155,7 @@ class Answer:
     """Of the chosen tokens."""
     runner_up: tuple[tuple[int, float], ...]
     """Token and log-probability of the best one that was not chosen, at each position."""
+    finish_reason: str
     seconds: float
     """From sending all prompts of the batch until the last token of the last one."""
 
@@ -188,9 +189,9 @@ class EngineHost:
 
 
 def _answer(output: Any, seconds: float) -> Answer:
-    tokens = tuple(output.token_ids)
+    tokens, reason = tuple(output.token_ids), str(output.finish_reason)
     if output.logprobs is None:
-        return Answer(tokens, (), (), seconds)
+        return Answer(tokens, (), (), reason, seconds)
     chosen = tuple(at[token].logprob for token, at in zip(tokens, output.logprobs, strict=True))
     others = tuple(
         max(
@@ -198,7 +199,7 @@ def _answer(output: Any, seconds: float) -> Answer:
         )
         for token, at in zip(tokens, output.logprobs, strict=True)
     )
-    return Answer(tokens, chosen, others, seconds)
+    return Answer(tokens, chosen, others, reason, seconds)
 
 
 def engine_arguments(folder: Path, **changes: Any) -> dict[str, Any]:
@@ -218,7 +219,8 @@ def engine_arguments(folder: Path, **changes: Any) -> dict[str, Any]:
 class BareMesh:
     """The engine's side of a mesh: a mailbox, a secret, and shards that come and go by `publish`."""
 
-    def __init__(self, folder: Path, scratch: Path) -> None:
+    def __init__(self, folder: Path, scratch: Path, **dispatch: Any) -> None:
+        """dispatch: DispatchSettings that are not the defaults."""
         checkpoint = open_checkpoint(folder)
         layout = expert_layout(checkpoint)
         self.folder = folder
@@ -233,15 +235,18 @@ class BareMesh:
             str(secret_file),
             layout.layers,
             layout.num_experts,
-            {"node": _NODE, "revision": checkpoint_revision(checkpoint)},
+            {"node": _NODE, "revision": checkpoint_revision(checkpoint), **dispatch},
         )
         self._epoch = 0
+        self.targets: Sequence[Target] = ()
+        """Of the last `publish`."""
 
     def engine_arguments(self) -> dict[str, Any]:
         """To be added to those of a monolithic engine."""
         return {
             "distributed_executor_backend": CPU_EXECUTOR,
             "load_format": LOAD_FORMAT,
+            "scheduler_cls": SCHEDULER,
             "additional_config": self.settings.to_additional_config(),
         }
 
@@ -252,17 +257,19 @@ class BareMesh:
     def publish(self, slots: IntArray, targets: Sequence[Target]) -> None:
         """Makes these shards the placement, as the next epoch; in force from the engine's next layer on."""
         self._epoch += 1
+        self.targets = targets
         table = build_table(self._epoch, self.layers, self.num_experts, slots, dict(enumerate(targets)))
         self.mailbox.publish(table)
 
 
 @contextmanager
 def bare_mesh(
-    folder: Path, shards: int, redundancy: int = 1, dtype: str = "float32", threads: int = 1
+    folder: Path, shards: int, redundancy: int = 1, dtype: str = "float32", threads: int = 1, **dispatch: Any
 ) -> Iterator[tuple[BareMesh, list[Worker]]]:
     """A placement of `shards` processes, one shard each, that serve; gone after the block."""
     with ExitStack() as stack:
-        mesh = BareMesh(folder, Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="expertmesh-"))))
+        scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="expertmesh-")))
+        mesh = BareMesh(folder, scratch, **dispatch)
         stack.callback(mesh.mailbox.close)
         hosts = [stack.enter_context(Worker(ShardHost, mesh.secret, dtype, threads)) for _ in range(shards)]
         slots = mesh.even_slots(shards, redundancy)

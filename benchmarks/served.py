@@ -42,4 +42,4 @@ def _answer(choice: Any, seconds: float) -> Answer:
         by_id = {int(name.removeprefix("token_id:")): value for name, value in top.items()}
         by_id.pop(token, None)
         runner_up.append(max(by_id.items(), key=lambda pair: pair[1], default=(-1, float("-inf"))))
-    return Answer(tokens, tuple(choice.logprobs.token_logprobs), tuple(runner_up), seconds)
+    return Answer(tokens, tuple(choice.logprobs.token_logprobs), tuple(runner_up), choice.finish_reason, seconds)

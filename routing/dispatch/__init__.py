@@ -2,6 +2,7 @@
 
 from expertmesh.routing.dispatch.dispatcher import Dispatcher
 from expertmesh.routing.dispatch.mailbox import LoadCounters, Mailbox, StaticTable, TableFile, TableSource
+from expertmesh.routing.dispatch.outage import FailedRows
 from expertmesh.routing.dispatch.settings import DispatchSettings
 from expertmesh.routing.dispatch.sharing import POLICIES, Policy, create_policy
 
@@ -9,6 +10,7 @@ __all__ = [
     "POLICIES",
     "DispatchSettings",
     "Dispatcher",
+    "FailedRows",
     "LoadCounters",
     "Mailbox",
     "Policy",

@@ -2,8 +2,9 @@
 
 For each MoE layer of each step: count the tokens of each expert, share them out over its copies, send every shard one
 frame with just the rows that it needs, and add up the rows that come back, always in the order of the table, so that
-the sum does not depend on who answers first. A shard that goes away, answers with an error or misses the deadline loses
-its pairs to other copies; with no copy left the step waits for a newer table.
+the sum does not depend on who answers first. A shard that goes away, answers with an error or is overdue loses its
+pairs to other copies; with no copy left the step waits for a newer table, up to a deadline, and then goes on without
+the rows that it can't have.
 
 This runs once a layer and step on the engine's thread: what costs a microsecond here costs one for every layer. So
 bytes are moved by `routing/native`, and where nothing fails and there is no copy to choose, little else is done.
@@ -25,9 +26,11 @@ from expertmesh.routing.dispatch.copies import LayerCopies, TableCopies
 from expertmesh.routing.dispatch.link import Link
 from expertmesh.routing.dispatch.links import PATIENCE, Links
 from expertmesh.routing.dispatch.mailbox import LoadCounters, TableSource
+from expertmesh.routing.dispatch.outage import FailedRows, Outage
+from expertmesh.routing.dispatch.patience import ServiceTimes
 from expertmesh.routing.dispatch.settings import DispatchSettings
 from expertmesh.routing.dispatch.sharing import create_policy
-from expertmesh.routing.dispatch.split import Counts
+from expertmesh.routing.dispatch.split import Counts, Mask
 from expertmesh.routing.placement import RoutingTable
 from expertmesh.routing.wire import dtype_code
 
@@ -67,14 +70,23 @@ class Dispatcher:
     """Owns the connections to shards. Used by one thread; `close` it or leave it to the process' end."""
 
     def __init__(
-        self, tables: TableSource, secret: bytes, settings: DispatchSettings, loads: LoadCounters | None = None
+        self,
+        tables: TableSource,
+        secret: bytes,
+        settings: DispatchSettings,
+        loads: LoadCounters | None = None,
+        failed_rows: FailedRows | None = None,
     ) -> None:
+        """failed_rows: where rows are noted that no shard could answer in time; None raises Unavailable instead."""
         self._tables = tables
         self._settings = settings
         self._budget_ms = int(settings.frame_deadline_s * 1000)
         self._policy = create_policy(settings.policy)
         self._loads = loads
         self._links = Links(secret, settings)
+        self._times = ServiceTimes()
+        self._outage = Outage()
+        self._failed_rows = failed_rows
         self._copies: TableCopies | None = None
         limits = settings.limits
         self._packer = native.StepPacker(limits.max_rows, limits.max_bytes, limits.max_pairs_per_row)
@@ -83,9 +95,10 @@ class Dispatcher:
     def __call__(self, layer: int, x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
         """The routed experts' output of one layer: [T, H], a fresh tensor in x's dtype and on x's device.
 
-        x: [T, H]; weights, ids: [T, k], router weights and the model's expert ids. Raises Unavailable if an expert
-        has no shard for longer than the configured wait, WireError if the table does not know the layer or the expert,
-        or a frame can't hold what a shard would have to take.
+        x: [T, H]; weights, ids: [T, k], router weights and the model's expert ids. Where an expert has no shard for
+        longer than the configured wait, the rows that need it are noted as failed, and what they get means nothing.
+        Raises WireError if the table does not know the layer or the expert, or a frame can't hold what a shard would
+        have to take.
         """
         if not len(ids):
             return torch.empty_like(x)
@@ -102,7 +115,7 @@ class Dispatcher:
         self._links.close()
 
     def _run(self, step: _Step) -> torch.Tensor:
-        """Sends and collects until every pair is answered: the sum."""
+        """Sends and collects until every pair is answered or given up: the sum."""
         todo: Positions | None = None
         give_up = 0.0
         while True:
@@ -114,22 +127,40 @@ class Dispatcher:
             else:
                 copies = self._layer(table, step.layer)
                 frames, unplaced = self._stage(step, table, copies, todo)
-                done = native.exchange(frames, self._settings.frame_deadline_s)
-                self._add(step, copies, frames)
+                done = self._exchange(step, table, copies, frames)
+                self._add(step, table, copies, frames)
                 if done and unplaced is None:
                     assert step.out is not None
+                    if self._outage:
+                        self._outage.served(step.layer, step.experts.view(-1).numpy())
                     return step.out
                 lost = self._lost(table, frames)
-            todo = np.sort(np.concatenate(lost + ([unplaced] if unplaced is not None else [])))
+            if unplaced is not None and self._outage:
+                unplaced = self._without_given_up(step, table, unplaced)
+            todo = np.sort(np.concatenate([*lost, *([unplaced] if unplaced is not None else [])]))
+            if not len(todo):
+                return torch.zeros_like(step.x) if step.out is None else step.out
             if lost:
                 self._count(1)
             now = time.monotonic()
             give_up = give_up or now + self._settings.unavailable_timeout_s
             if now >= give_up:
-                raise Unavailable(self._why_missing(step, table, todo))
-            if unplaced is not None:
+                if self._failed_rows is None:
+                    raise Unavailable(self._why_missing(step, table, todo))
+                self._outage.give_up(step.layer, step.experts.view(-1).numpy()[todo])
+            elif unplaced is not None:
                 self._count(2)
                 time.sleep(_WAIT_POLL_S)
+
+    def _without_given_up(self, step: _Step, table: RoutingTable | None, unplaced: Positions) -> Positions:
+        """Fails the rows of pairs that nobody waits for any more; the other pairs."""
+        experts = step.experts.view(-1).numpy()[unplaced]
+        given_up = self._outage.among(step.layer, experts)
+        if given_up.any() and self._failed_rows is not None:
+            rows = np.unique(unplaced[given_up] // step.experts.shape[1])
+            self._failed_rows.add(rows, self._why_missing(step, table, unplaced[given_up]))
+        waited_for: Positions = unplaced[~given_up]
+        return waited_for
 
     # -- sending ------------------------------------------------------------------------------------------------
 
@@ -170,6 +201,8 @@ class Dispatcher:
             known = self._copies = TableCopies(table)
             self._policy.use(table)
             self._links.keep(table)
+            self._times.keep({target.shard for target in table.targets})
+            self._outage.heal(table)
         copies = known.layers.get(layer)
         if copies is None:
             raise WireError(f"layer {layer} has no routed experts in the placement; it knows {table.layers}")
@@ -213,15 +246,50 @@ class Dispatcher:
 
     # -- collecting ---------------------------------------------------------------------------------------------
 
-    def _add(self, step: _Step, copies: LayerCopies, frames: list[Frame]) -> None:
+    def _exchange(self, step: _Step, table: RoutingTable, copies: LayerCopies, frames: list[Frame]) -> bool:
+        """Sends what is staged and waits: whether all was answered. What is overdue has another copy to go to, or has
+        had the whole deadline."""
+        deadline_s = self._settings.frame_deadline_s
+        patience_s = self._patience_s(table, frames) if copies.has_choice else deadline_s
+        if native.exchange(frames, patience_s):
+            return True
+        if patience_s < deadline_s:
+            overdue = [frame for frame in frames if frame[1].state == native.OVERDUE]
+            if overdue:
+                up = self._links.up(table, [position for position, _ in overdue], PATIENCE)
+                native.exchange([f for f in overdue if not self._has_way_out(step, copies, f[0], up)], deadline_s)
+        return all(stream.state == native.ANSWERED for _, stream in frames)
+
+    def _patience_s(self, table: RoutingTable, frames: list[Frame]) -> float:
+        settings = self._settings
+        patience_s = settings.hedge_after_s
+        for position, stream in frames:
+            expected_s = self._times.expected_s(table.targets[position].shard, stream.rows)
+            if expected_s is None:
+                return settings.frame_deadline_s
+            patience_s = max(patience_s, settings.hedge_service_times * expected_s)
+        return min(patience_s, settings.frame_deadline_s)
+
+    def _has_way_out(self, step: _Step, copies: LayerCopies, position: int, up: Mask) -> bool:
+        """Whether every pair of a target has a copy on another one that is up."""
+        pairs = np.frombuffer(self._packer.positions(position), dtype=np.int64)
+        held = copies.copies[np.unique(step.experts.view(-1).numpy()[pairs])]
+        return bool(((held >= 0) & up[held]).any(axis=1).all())
+
+    def _add(self, step: _Step, table: RoutingTable, copies: LayerCopies, frames: list[Frame]) -> None:
         """Adds what was answered, always in the order of the table, and lets the policy learn from it."""
         fresh = step.out is None
         if step.out is None:
             step.out = torch.empty_like(step.x)
         self._packer.combine(step.out.data_ptr(), frames, fresh)
+        if self._links.strikes:
+            self._links.forgive(table.targets[i].shard for i, stream in frames if stream.state == native.ANSWERED)
         if copies.has_choice and step.shares is not None:
             answered = {position: stream for position, stream in frames if stream.state == native.ANSWERED}
             self._policy.observe(copies, step.shares, answered)
+            for position, stream in answered.items():
+                seconds = (stream.computed_us + stream.waited_us) * 1e-6
+                self._times.observe(table.targets[position].shard, stream.rows, seconds)
 
     def _lost(self, table: RoutingTable, frames: list[Frame]) -> list[Positions]:
         """The pairs of the frames that were not answered, whose shards are left alone from now on."""
@@ -237,8 +305,8 @@ class Dispatcher:
         if link.stream.state == native.REFUSED:
             self._links.mark_down(link.shard, link.refusal())
         elif link.stream.state == native.OVERDUE:
-            seconds = self._settings.frame_deadline_s
-            self._links.drop(link, f"shard {link.shard} did not answer in {seconds:g} s", seconds)
+            cost_s = min(self._settings.hedge_after_s, self._settings.frame_deadline_s)
+            self._links.drop(link, f"shard {link.shard} did not answer in time", cost_s)
         else:
             self._links.drop(link, link.failure())
 

@@ -1,9 +1,9 @@
-"""The connections of one dispatcher: opened when first needed, left alone for a while when they fail."""
+"""The connections of one dispatcher: opened beside its steps when needed, left alone for a while when they fail."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,16 +12,19 @@ import torch
 
 from expertmesh.errors import WireError
 from expertmesh.routing import native
+from expertmesh.routing.dispatch.connecting import GRACE_S, Attempt, Outcome
 from expertmesh.routing.dispatch.link import Link
 from expertmesh.routing.dispatch.settings import DispatchSettings
 from expertmesh.routing.placement import RoutingTable, Target
-from expertmesh.routing.transport import Address, Peer, connect
+from expertmesh.routing.transport import Address, Peer
 
 _RETRY_SHARD_S = 0.25
 """How long a shard that failed is left alone."""
 PATIENCE = 2.0
 """How many times as long as the failure took it is left alone while other copies can answer: a node that went dark
 costs a timeout at each attempt, and an attempt at each step would cost more than the shard is worth."""
+
+_MAX_DOUBLINGS = 6
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,10 +36,13 @@ class Failure:
     cost_s: float
     """What the failure took."""
     why: str
+    strikes: int
+    """Failures in a row, this one included."""
 
     def over(self, now: float, patience: float) -> bool:
-        """Whether the shard may be asked again."""
-        return now - self.at >= max(_RETRY_SHARD_S, patience * self.cost_s)
+        """Whether the shard may be asked again: after each failure in a row it is left alone for twice as long."""
+        doublings = min(self.strikes - 1, _MAX_DOUBLINGS) if patience else 0
+        return now - self.at >= max(_RETRY_SHARD_S, patience * self.cost_s) * (1 << doublings)
 
 
 class Links:
@@ -47,22 +53,27 @@ class Links:
         self._settings = settings
         self.by_shard: dict[str, Link] = {}
         self.down: dict[str, Failure] = {}
+        self._attempts: dict[str, Attempt] = {}
+        self.strikes: dict[str, int] = {}
+        """Failures since its last answer, of shards that had any. No step waits while such a shard is connected to."""
 
     def get(self, target: Target, x: torch.Tensor) -> Link | None:
-        """The link to a shard that takes rows like x; None if it can't be reached, which is remembered."""
+        """The link to a shard that takes rows like x; None if it isn't there (yet), a failure being remembered."""
         link = self.by_shard.get(target.shard)
         return link if link is not None else self._open(target, x)
 
     def up(self, table: RoutingTable, failed: Sequence[int], patience: float) -> np.ndarray[Any, np.dtype[np.bool_]]:
-        """Which targets may be asked now: [S]; those at the positions `failed` may not."""
+        """Which targets may be asked now: [S]; not those at the positions `failed`, nor those that are being connected
+        to."""
         up = np.ones(len(table.targets), dtype=bool)
-        if self.down or failed:
+        if self.down or failed or self._attempts:
             now = time.monotonic()
-            over = {shard for shard, failure in self.down.items() if failure.over(now, patience)}
+            left_alone = {shard for shard, failure in self.down.items() if not failure.over(now, patience)}
+            left_alone |= {shard for shard, attempt in self._attempts.items() if attempt.outcome(0) is None}
             for position, target in enumerate(table.targets):
-                up[position] = position not in failed and (target.shard not in self.down or target.shard in over)
+                up[position] = position not in failed and target.shard not in left_alone
             if patience:
-                self.down = {shard: failure for shard, failure in self.down.items() if shard not in over}
+                self.down = {shard: failure for shard, failure in self.down.items() if not failure.over(now, patience)}
         return up
 
     def keep(self, table: RoutingTable) -> None:
@@ -70,6 +81,10 @@ class Links:
         named = {target.shard for target in table.targets}
         for shard in self.by_shard.keys() - named:
             self.by_shard.pop(shard).close()
+        for shard in self._attempts.keys() - named:
+            self._attempts.pop(shard).cancel()
+        for shard in self.strikes.keys() - named:
+            del self.strikes[shard]
 
     def drop(self, link: Link, why: str, cost_s: float = 0.0) -> None:
         """Closes a link and leaves its shard alone. Nothing the second time."""
@@ -79,7 +94,13 @@ class Links:
 
     def mark_down(self, shard: str, why: str, cost_s: float = 0.0) -> None:
         """Leaves a shard alone for a while."""
-        self.down[shard] = Failure(time.monotonic(), cost_s, why)
+        self.strikes[shard] = strikes = self.strikes.get(shard, 0) + 1
+        self.down[shard] = Failure(time.monotonic(), cost_s, why, strikes)
+
+    def forgive(self, shards: Iterable[str]) -> None:
+        """These have answered."""
+        for shard in shards:
+            self.strikes.pop(shard, None)
 
     def abandon(self) -> None:
         """Ends a step half-way: answers that are still to come must not be taken for the next step's."""
@@ -91,22 +112,42 @@ class Links:
         """Closes every connection."""
         for link in list(self.by_shard.values()):
             self.drop(link, "closed")
+        for attempt in self._attempts.values():
+            attempt.cancel()
+        self._attempts.clear()
 
     def _open(self, target: Target, x: torch.Tensor) -> Link | None:
-        begin = time.monotonic()
+        shard = target.shard
         try:
-            sock, peer = connect(self._address(target), self._secret, self._settings.connect_timeout_s)
-            try:
-                self._check(peer, target, x)
-            except WireError:
-                sock.close()
-                raise
+            attempt = self._attempts.get(shard)
+            if attempt is None:
+                address = self._address(target)
+                attempt = self._attempts[shard] = Attempt(address, self._secret, self._settings.connect_timeout_s)
+            outcome = attempt.outcome(0 if shard in self.strikes else GRACE_S)
+            if outcome is None:
+                return None
+            del self._attempts[shard]
+            link = self._link(outcome, target, x)
         except WireError as error:
-            self.mark_down(target.shard, str(error), time.monotonic() - begin)
+            self.mark_down(shard, str(error))
             return None
-        link = Link(sock, target.shard, self._settings.limits)
-        self.by_shard[target.shard] = link
+        if link is None:
+            self.mark_down(shard, outcome.why, outcome.seconds)
+            return None
+        self.by_shard[shard] = link
         return link
+
+    def _link(self, outcome: Outcome, target: Target, x: torch.Tensor) -> Link | None:
+        """The link over a connection that was opened. Raises WireError if it leads to another than it should."""
+        if outcome.connection is None:
+            return None
+        sock, peer = outcome.connection
+        try:
+            self._check(peer, target, x)
+        except WireError:
+            sock.close()
+            raise
+        return Link(sock, target.shard, self._settings.limits)
 
     def _check(self, peer: Peer, target: Target, x: torch.Tensor) -> None:
         """Raises WireError if the shard is not who it should be or doesn't take rows like x."""

@@ -85,7 +85,8 @@ def exchange(frames: Sequence[tuple[int, ClientStream]], timeout_s: float, /) ->
     """Sends staged frames, (target, stream) tuples, back to back and takes in the answers, without the GIL.
 
     Returns whether all came, when no stream waits any more: each is ANSWERED, REFUSED, BROKEN, or OVERDUE after the
-    timeout. Answers to other frames are skipped. Runs signal handlers; what they raise leaves streams WAITING.
+    timeout, and may be given more time by another call. Answers to other frames are skipped. Runs signal handlers;
+    what they raise leaves streams WAITING.
     """
 
 def count_experts(experts: int, pairs: int, into: Int64s, layer: int, /) -> None:

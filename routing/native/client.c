@@ -244,6 +244,8 @@ static size_t take(PyObject *sequence, ClientStream **streams, size_t count)
         }
         Py_INCREF(streams[i]);
         streams[i]->in_use = true;
+        if (streams[i]->state == STREAM_OVERDUE) /* it is given more time */
+            streams[i]->state = STREAM_WAITING;
     }
     return count;
 }

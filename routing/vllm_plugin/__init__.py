@@ -4,9 +4,26 @@ vLLM loads `register` in each of its processes (entry point group `vllm.general_
 engine's `additional_config` holds settings under the key `expertmesh` (settings.py).
 """
 
-from expertmesh.routing.vllm_plugin.settings import CONFIG_KEY, CPU_EXECUTOR, LOAD_FORMAT, MeshSettings, Role
+from expertmesh.routing.vllm_plugin.settings import (
+    CONFIG_KEY,
+    CPU_EXECUTOR,
+    LOAD_FORMAT,
+    SCHEDULER,
+    UNAVAILABLE,
+    MeshSettings,
+    Role,
+)
 
-__all__ = ["CONFIG_KEY", "CPU_EXECUTOR", "LOAD_FORMAT", "MeshSettings", "Role", "register"]
+__all__ = [
+    "CONFIG_KEY",
+    "CPU_EXECUTOR",
+    "LOAD_FORMAT",
+    "SCHEDULER",
+    "UNAVAILABLE",
+    "MeshSettings",
+    "Role",
+    "register",
+]
 
 
 def register() -> None:

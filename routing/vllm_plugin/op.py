@@ -9,11 +9,13 @@ import torch
 from vllm.utils.torch_utils import direct_register_custom_op
 
 from expertmesh.errors import ConfigError
-from expertmesh.routing.dispatch import Dispatcher, DispatchSettings, LoadCounters, Mailbox, TableFile
+from expertmesh.routing.dispatch import Dispatcher, DispatchSettings, FailedRows, LoadCounters, Mailbox, TableFile
 from expertmesh.routing.vllm_plugin.settings import MeshSettings
 from expertmesh.routing.wire import Limits
 
 OP_NAME = "expertmesh_dispatch"
+failed_rows = FailedRows()
+"""Of the step at hand in this process' engine."""
 _dispatcher: Dispatcher | None = None
 _settings: MeshSettings | None = None
 
@@ -30,7 +32,7 @@ def open_dispatcher(settings: MeshSettings) -> None:
     arguments["limits"] = Limits(**arguments.get("limits", {}))
     loads = LoadCounters(mailbox.loads_path, len(settings.layers), settings.num_experts)
     secret = Path(settings.secret_file).read_bytes().strip()
-    _dispatcher = Dispatcher(TableFile(mailbox.table_path), secret, DispatchSettings(**arguments), loads)
+    _dispatcher = Dispatcher(TableFile(mailbox.table_path), secret, DispatchSettings(**arguments), loads, failed_rows)
     _settings = settings
 
 

@@ -17,6 +17,11 @@ By its short name vLLM would replace it by a process a worker, in which it can s
 core while it waits for that process: the core that the shards need. Our engines have that environment from the start.
 """
 
+SCHEDULER = "expertmesh.routing.vllm_plugin.scheduler.MeshScheduler"
+"""`scheduler_cls` of an engine whose experts are elsewhere."""
+UNAVAILABLE = "experts unavailable: "
+"""What the `stop_reason` of a request begins with that ended because no shard had its experts; then why, for people."""
+
 
 class Role(StrEnum):
     """Which part of the model a process holds."""

@@ -188,8 +188,8 @@ class Mesh:
     def dispatcher(
         self, tables: TableSource | None = None, loads: LoadCounters | None = None, **settings: Any
     ) -> Dispatcher:
-        """A dispatcher that `close` closes."""
-        arguments: dict[str, Any] = {"node": NODE, "revision": REVISION, **settings}
+        """A dispatcher that `close` closes. It gives a slow shard the whole deadline unless told otherwise."""
+        arguments: dict[str, Any] = {"node": NODE, "revision": REVISION, "hedge_after_s": 60.0, **settings}
         dispatcher = Dispatcher(tables or StaticTable(self.table()), SECRET, DispatchSettings(**arguments), loads)
         self.dispatchers.append(dispatcher)
         return dispatcher
