@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -76,14 +76,16 @@ class Dispatcher:
         settings: DispatchSettings,
         loads: LoadCounters | None = None,
         failed_rows: FailedRows | None = None,
+        tell_trouble: Callable[[list[str]], None] = lambda shards: None,
     ) -> None:
-        """failed_rows: where rows are noted that no shard could answer in time; None raises Unavailable instead."""
+        """failed_rows: where rows are noted that no shard could answer in time; None raises Unavailable instead;
+        tell_trouble: is told which shards have failed since their last answer, whenever these have changed."""
         self._tables = tables
         self._settings = settings
         self._budget_ms = int(settings.frame_deadline_s * 1000)
         self._policy = create_policy(settings.policy)
         self._loads = loads
-        self._links = Links(secret, settings)
+        self._links = Links(secret, settings, tell_trouble)
         self._times = ServiceTimes()
         self._outage = Outage()
         self._failed_rows = failed_rows

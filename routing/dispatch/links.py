@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,7 +48,9 @@ class Failure:
 class Links:
     """One link a shard, and which shards failed lately."""
 
-    def __init__(self, secret: bytes, settings: DispatchSettings) -> None:
+    def __init__(self, secret: bytes, settings: DispatchSettings, tell: Callable[[list[str]], None]) -> None:
+        """tell: is called with the shards in trouble when these have changed."""
+        self._tell = tell
         self._secret = secret
         self._settings = settings
         self.by_shard: dict[str, Link] = {}
@@ -83,8 +85,7 @@ class Links:
             self.by_shard.pop(shard).close()
         for shard in self._attempts.keys() - named:
             self._attempts.pop(shard).cancel()
-        for shard in self.strikes.keys() - named:
-            del self.strikes[shard]
+        self.forgive(self.strikes.keys() - named)
 
     def drop(self, link: Link, why: str, cost_s: float = 0.0) -> None:
         """Closes a link and leaves its shard alone. Nothing the second time."""
@@ -96,11 +97,16 @@ class Links:
         """Leaves a shard alone for a while."""
         self.strikes[shard] = strikes = self.strikes.get(shard, 0) + 1
         self.down[shard] = Failure(time.monotonic(), cost_s, why, strikes)
+        if strikes == 1:
+            self._tell(sorted(self.strikes))
 
     def forgive(self, shards: Iterable[str]) -> None:
         """These have answered."""
+        known = len(self.strikes)
         for shard in shards:
             self.strikes.pop(shard, None)
+        if len(self.strikes) != known:
+            self._tell(sorted(self.strikes))
 
     def abandon(self) -> None:
         """Ends a step half-way: answers that are still to come must not be taken for the next step's."""

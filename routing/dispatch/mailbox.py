@@ -1,12 +1,15 @@
 """What an attention replica and its engine process share: a folder in memory.
 
-The replica writes the routing table there (atomic rename); the engine process reads it when it changed and counts
-expert loads into a mapped file. Neither waits for the other: a replica that is busy can't stall a step, a step that
-waits for a missing expert still sees the table that brings it, and a restarted process finds what the last one left.
+The replica writes the routing table there (atomic rename); the engine process reads it when it changed, counts expert
+loads into a mapped file, and names the shards that it has trouble with. Neither waits for the other: a replica that is
+busy can't stall a step, a step that waits for a missing expert still sees the table that brings it, and a restarted
+process finds what the last one left.
 """
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
 import shutil
 import tempfile
@@ -119,9 +122,30 @@ class Mailbox:
 
     def publish(self, table: RoutingTable) -> None:
         """Replaces the table in one step."""
-        fresh = self.folder / "table.json.new"
-        fresh.write_text(table.to_json())
-        fresh.replace(self.table_path)
+        self._replace(self.table_path, table.to_json())
+
+    def tell_trouble(self, shards: list[str]) -> None:
+        """Names the shards that have failed since their last answer."""
+        with contextlib.suppress(OSError):  # the replica is about to end
+            self._replace(self._trouble_path, json.dumps(shards))
+
+    def trouble(self) -> list[str]:
+        """The shards named last."""
+        try:
+            shards: list[str] = json.loads(self._trouble_path.read_text())
+        except FileNotFoundError:
+            return []
+        return shards
+
+    @property
+    def _trouble_path(self) -> Path:
+        return self.folder / "trouble.json"
+
+    @staticmethod
+    def _replace(path: Path, text: str) -> None:
+        fresh = path.with_name(f"{path.name}.new")
+        fresh.write_text(text)
+        fresh.replace(path)
 
     def close(self) -> None:
         """Removes the folder; does nothing the second time."""

@@ -32,7 +32,9 @@ def open_dispatcher(settings: MeshSettings) -> None:
     arguments["limits"] = Limits(**arguments.get("limits", {}))
     loads = LoadCounters(mailbox.loads_path, len(settings.layers), settings.num_experts)
     secret = Path(settings.secret_file).read_bytes().strip()
-    _dispatcher = Dispatcher(TableFile(mailbox.table_path), secret, DispatchSettings(**arguments), loads, failed_rows)
+    _dispatcher = Dispatcher(
+        TableFile(mailbox.table_path), secret, DispatchSettings(**arguments), loads, failed_rows, mailbox.tell_trouble
+    )
     _settings = settings
 
 

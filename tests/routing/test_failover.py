@@ -182,3 +182,19 @@ def test_a_step_of_which_nothing_is_left(make_mesh: MakeMesh, mailbox: Mailbox) 
     finally:
         dispatcher.close()
         mailbox.close()
+
+
+def test_shards_in_trouble_are_named_until_they_answer(make_mesh: MakeMesh, mailbox: Mailbox) -> None:
+    mesh = make_mesh(2, 2)
+    settings = DispatchSettings(NODE, REVISION)
+    dispatcher = Dispatcher(StaticTable(mesh.table()), SECRET, settings, tell_trouble=mailbox.tell_trouble)
+    try:
+        assert is_right(mesh, dispatcher)
+        assert mailbox.trouble() == []
+        mesh.servers[0].break_connections()
+        assert is_right(mesh, dispatcher)
+        assert mailbox.trouble() == [mesh.servers[0].shard]
+        eventually(lambda: is_right(mesh, dispatcher) and not mailbox.trouble(), "it is connected to again and answers")
+    finally:
+        dispatcher.close()
+        mailbox.close()
