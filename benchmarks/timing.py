@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -31,3 +32,9 @@ def alternating(sides: Mapping[str, Callable[[], float]], rounds: int) -> dict[s
 def median_ratio(over: Sequence[float], under: Sequence[float]) -> float:
     """Median over the rounds of over[i] / under[i], to 3 digits."""
     return round(statistics.median(a / b for a, b in zip(over, under, strict=True)), 3)
+
+
+def free_port() -> int:
+    """A TCP port of loopback that nobody listens on now."""
+    with socket.create_server(("127.0.0.1", 0)) as sock:
+        return int(sock.getsockname()[1])

@@ -17,7 +17,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -70,6 +70,10 @@ class ServerStats:
     """Frames answered with an error."""
     connections: int = 0
     """Open now."""
+    layer_pairs: dict[int, int] = field(default_factory=dict)
+    """`pairs` by the model's layer number."""
+    stuck_s: float = 0.0
+    """How long the kernel call at hand has taken, if there is one."""
 
 
 class FrameServer:
@@ -112,6 +116,8 @@ class FrameServer:
         self._handshakes = ThreadPoolExecutor(_MAX_HANDSHAKES, thread_name_prefix="handshake")
         self._thread = threading.Thread(target=self._run, name="data-plane", daemon=True)
         self._frames = self._batches = self._pairs = self._refused = self._busy_ns = 0
+        self._layer_pairs: dict[int, int] = {}
+        self._computing_since_ns: int | None = None
         self.failure: BaseException | None = None
         """What ended the thread, if it was not `stop`."""
 
@@ -158,8 +164,16 @@ class FrameServer:
     @property
     def stats(self) -> ServerStats:
         """The counters now."""
+        since_ns = self._computing_since_ns
         return ServerStats(
-            self._frames, self._batches, self._pairs, self._busy_ns / 1e9, self._refused, len(self._connections)
+            frames=self._frames,
+            batches=self._batches,
+            pairs=self._pairs,
+            busy_s=self._busy_ns / 1e9,
+            refused=self._refused,
+            connections=len(self._connections),
+            layer_pairs=dict(self._layer_pairs),
+            stuck_s=0.0 if since_ns is None else (self._clock_ns() - since_ns) / 1e9,
         )
 
     # -- the thread ---------------------------------------------------------------------------------------------
@@ -223,7 +237,7 @@ class FrameServer:
     def _serve(self, batch: list[Connection]) -> None:
         layer = batch[0].stream.layer
         body = batch[0].body if len(batch) == 1 else _joined([job.body for job in batch])
-        begin = self._clock_ns()
+        begin = self._computing_since_ns = self._clock_ns()
         try:
             y = self._kernel.compute(layer, body)
             _check_output(y, body.x)
@@ -238,12 +252,15 @@ class FrameServer:
             message = f"{type(error).__name__}: {error}"
             self._write(batch[0], Connection.refuse, 1, message, self.epoch)
             return
+        finally:
+            self._computing_since_ns = None
         end = self._clock_ns()
         pairs = sum(job.stream.pairs for job in batch) if len(batch) > 1 else batch[0].stream.pairs
         self._busy_ns += end - begin
         self._batches += 1
         self._frames += len(batch)
         self._pairs += pairs
+        self._layer_pairs[layer] = self._layer_pairs.get(layer, 0) + pairs
         at = 0
         for job in batch:
             job.answered_ns = end

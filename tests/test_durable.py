@@ -1,0 +1,106 @@
+"""Terms of controllers: nobody shares one, what was decided is inherited, and who is deposed notices."""
+
+from __future__ import annotations
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+
+from expertmesh.deployments.controller.durable import (
+    EPOCHS_A_TERM,
+    Deposed,
+    Office,
+    PlacementState,
+    first_epoch,
+)
+
+
+class Memory:
+    """A store in this process with the promises of Ray's; the real one is driven by tests/mesh."""
+
+    def __init__(self) -> None:
+        self._values: dict[str, bytes] = {}
+        self._lock = threading.Lock()
+
+    def get(self, key: str) -> bytes | None:
+        return self._values.get(key)
+
+    def put(self, key: str, value: bytes) -> None:
+        self._values[key] = value
+
+    def claim(self, key: str) -> bool:
+        with self._lock:
+            fresh = key not in self._values
+            self._values.setdefault(key, b"")
+            return fresh
+
+    def keys(self, prefix: str) -> list[str]:
+        with self._lock:
+            return [key for key in self._values if key.startswith(prefix)]
+
+    def delete(self, key: str) -> None:
+        self._values.pop(key, None)
+
+
+def state(expert: int, frozen: bool = False) -> PlacementState:
+    return PlacementState(np.full((2, 3, 4), expert, dtype=np.int32), frozen)
+
+
+def test_the_next_one_inherits_what_was_decided_last() -> None:
+    store = Memory()
+    first = Office(store, "model")
+    assert (first.term, first.inherited) == (1, None)
+    first.save(state(3))
+    first.save(state(5, frozen=True))
+    second = Office(store, "model")
+    assert second.term == 2
+    assert second.inherited is not None
+    assert second.inherited.frozen
+    assert np.array_equal(second.inherited.slots, state(5).slots)
+    for _ in range(3):  # those between never decided anything
+        later = Office(store, "model")
+        assert later.inherited is not None
+        assert np.array_equal(later.inherited.slots, state(5).slots)
+    assert Office(store, "another model").inherited is None
+
+
+def test_one_that_was_deposed_notices_and_nobody_reads_what_it_wrote() -> None:
+    store = Memory()
+    old = Office(store, "model")
+    old.save(state(1))
+    new = Office(store, "model")
+    new.save(state(2))
+    with pytest.raises(Deposed, match="term 2 has taken over from this one, of term 1"):
+        old.save(state(9))
+    with pytest.raises(Deposed):
+        old.check()
+    new.check()
+    inherited = Office(store, "model").inherited
+    assert inherited is not None
+    assert np.array_equal(inherited.slots, state(2).slots)
+
+
+def test_a_later_term_has_only_higher_epochs() -> None:
+    assert first_epoch(2) > first_epoch(1) + EPOCHS_A_TERM - 1
+
+
+def test_many_that_start_at_once_all_get_another_term() -> None:
+    store = Memory()
+    with ThreadPoolExecutor(8) as pool:
+        terms = list(pool.map(lambda _: Office(store, "model").term, range(40)))
+    assert sorted(terms) == sorted(set(terms))
+
+
+def test_old_terms_are_cleared_away() -> None:
+    store = Memory()
+    for _ in range(10):
+        Office(store, "model").save(state(1))
+    assert len(store.keys("controller/model/")) <= 4
+
+
+@pytest.mark.parametrize("data", [b"", b"{}", b"[1]", b'{"shape": [1, 2], "slots": [1], "frozen": false}'])
+def test_what_is_no_placement_is_refused(data: bytes) -> None:
+    with pytest.raises(ValueError, match=r"placement|Expecting|reshape"):
+        PlacementState.from_bytes(data)
