@@ -32,9 +32,9 @@ import numpy as np
 
 from benchmarks.bare import ShardHost, Worker, engine_environment
 from benchmarks.checkpoints import write_medium_moe
-from benchmarks.parity import LOGPROB_TOLERANCE
 from benchmarks.served import served_answers
 from benchmarks.timing import free_port
+from benchmarks.traffic import Judge
 
 SHARDS, SPARE_SLOTS = 4, 4
 LAYERS, EXPERTS, TOP_K, HIDDEN = 6, 32, 4, 768
@@ -79,7 +79,7 @@ class Served:
         return [served_answers(self._mesh.url, MODEL, [prompt], TOKENS)[0] for prompt in prompts]
 
     def drive(self, prompts: list[list[int]], seconds: float) -> dict[str, Any]:
-        """Streams of requests, prompts in turn, for some seconds: tokens a second, answers, pairs by shard and layer."""
+        """Streams of requests for some seconds, prompts in turn: tokens a second, answers, pairs by layer and shard."""
         return asyncio.run(self._drive(prompts, seconds))
 
     async def _drive(self, prompts: list[list[int]], seconds: float) -> dict[str, Any]:
@@ -155,42 +155,23 @@ def counted_balancedness(pairs: Sequence[Sequence[int]]) -> float:
     return float((counts.mean(axis=1) / np.maximum(counts.max(axis=1), 1)).mean())
 
 
-class Judge:
-    """Compares answers under load with the unloaded ones."""
-
-    def __init__(self) -> None:
-        self.failed: list[str] = []
-        self.wrong = 0
-        self.near_ties = 0
-        self.compared = 0
-
-    def take(self, window: dict[str, Any], reference: Sequence[Any]) -> dict[str, Any]:
-        """Counts a window's faults; the window."""
-        self.failed += window["failed"]
-        for at, tokens in window["answers"]:
-            right = reference[at]
-            self.compared += len(tokens)
-            for i, (said, expected) in enumerate(zip(tokens, right.tokens, strict=True)):
-                if said != expected:
-                    token, logprob = right.runner_up[i]
-                    tie = token == said and abs(right.logprobs[i] - logprob) < LOGPROB_TOLERANCE
-                    self.near_ties += tie
-                    self.wrong += not tie
-                    break  # what follows has another prompt
-        return window
-
-
 def served_part(folder: Path, window_s: float, rounds: int) -> dict[str, Any]:
     """The two meshes; see the module's text."""
-    judge = Judge()
     with Worker(Served, folder, False) as static, Worker(Served, folder, True) as ours:
-        references = {seed: static.ask("answers", mix(seed)) for seed in (1, 2)}
+        judges = {seed: Judge(static.ask("answers", mix(seed))) for seed in (1, 2)}
+
+        def driven(side: Worker, seed: int) -> dict[str, Any]:
+            window: dict[str, Any] = side.ask("drive", mix(seed), window_s)
+            judges[seed].failed += window["failed"]
+            for at, tokens in window["answers"]:
+                judges[seed].take(at, tokens)
+            return window
 
         def windows(seed: int, count: int) -> dict[str, list[dict[str, Any]]]:
             found: dict[str, list[dict[str, Any]]] = {"static": [], "ours": []}
             for _ in range(count):
                 for name, side in (("static", static), ("ours", ours)):
-                    window = judge.take(side.ask("drive", mix(seed), window_s), references[seed])
+                    window = driven(side, seed)
                     found[name].append(window)
                     shown = f"{window['tokens_per_s']:.1f} tokens/s, {counted_balancedness(window['pairs']):.3f}"
                     print(f"mix {'AB'[seed - 1]} {name}: {shown} balanced", flush=True)
@@ -201,7 +182,7 @@ def served_part(folder: Path, window_s: float, rounds: int) -> dict[str, Any]:
             found = []
             for _ in range(8):
                 done = ours.ask("moves")[1]
-                found.append(judge.take(ours.ask("drive", mix(seed), window_s), references[seed]))
+                found.append(driven(ours, seed))
                 running, now = ours.ask("moves")
                 print(f"  re-placing: {now - done} moves done, {running} under way", flush=True)
                 if not running and now == done:
@@ -225,10 +206,10 @@ def served_part(folder: Path, window_s: float, rounds: int) -> dict[str, Any]:
         return round(statistics.median(counted_balancedness(window["pairs"]) for window in found), 3)
 
     return {
-        "failed": len(judge.failed),
-        "wrong_tokens": judge.wrong,
-        "near_ties": judge.near_ties,
-        "compared_tokens": judge.compared,
+        "failed": sum(len(judge.failed) for judge in judges.values()),
+        "wrong_tokens": sum(judge.wrong for judge in judges.values()),
+        "near_ties": sum(judge.near_ties for judge in judges.values()),
+        "compared_tokens": sum(judge.compared for judge in judges.values()),
         "throughput": {
             "static": rate(after["static"]),
             "ours": rate(after["ours"]),

@@ -20,7 +20,7 @@ import termios
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -112,6 +112,7 @@ class RunningServer:
         kernel: Kernel,
         *,
         family: str = "unix",
+        host: str = "127.0.0.1",
         shard: str | None = None,
         peer: Peer | None = None,
         secret: bytes = SECRET,
@@ -122,7 +123,7 @@ class RunningServer:
         clock_ns: Callable[[], int] = time.perf_counter_ns,
     ) -> None:
         self.shard = shard or uuid.uuid4().hex[:12]
-        wanted = Address("unix", f"test-{self.shard}") if family == "unix" else Address("tcp", "127.0.0.1", 0)
+        wanted = Address("unix", f"test-{self.shard}") if family == "unix" else Address("tcp", host, 0)
         listener, self.address = listen(wanted)
         self.kernel = kernel
         me = peer or Peer(self.shard, REVISION, width, dtype)
@@ -249,11 +250,16 @@ def data_plane_threads() -> list[str]:
 
 
 @contextmanager
-def shard_process(held: Mapping[int, set[int]], shard: str) -> Iterator[tuple[subprocess.Popen[str], Target]]:
-    """A shard in a process of its own, killed at the end if it still runs."""
-    request = json.dumps({"shard": shard, "held": [[layer, sorted(ids)] for layer, ids in held.items()]})
+def shard_process(
+    held: Mapping[int, set[int]], shard: str, *, host: str | None = None, prefix: Sequence[str] = ()
+) -> Iterator[tuple[subprocess.Popen[str], Target]]:
+    """A shard in a process of its own, killed at the end if it still runs.
+
+    host: address for TCP, a unix socket unless given; prefix: what the command begins with.
+    """
+    request = json.dumps({"shard": shard, "host": host, "held": [[layer, sorted(ids)] for layer, ids in held.items()]})
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    command = [sys.executable, str(Path(__file__).resolve()), request]
+    command = [*prefix, sys.executable, str(Path(__file__).resolve()), request]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
         try:
             assert process.stdout is not None
@@ -278,7 +284,8 @@ def main(request: str) -> None:
     """Serves as a shard until killed."""
     told = json.loads(request)
     kernel = HangingKernel(ReferenceExperts(), {layer: set(ids) for layer, ids in told["held"]})
-    print(json.dumps(asdict(RunningServer(kernel, shard=told["shard"]).target)), flush=True)
+    where: dict[str, Any] = {"family": "tcp", "host": told["host"]} if told["host"] else {}
+    print(json.dumps(asdict(RunningServer(kernel, shard=told["shard"], **where).target)), flush=True)
     threading.Event().wait()
 
 

@@ -1,0 +1,211 @@
+"""What does a death cost, under running streams?
+
+    python -m benchmarks.failover [--quick] [--faults expert_kill,controller_kill]
+
+A whole mesh (Ray Serve, HTTP; two attention replicas, three shards with redundancy 2, an embedded KV store) serves 8
+streams. Each fault is brought about again and again on real processes: `kill -9` and SIGSTOP of a shard, `kill -9` of
+an attention replica with its engine, of the controller, of the ingress, of the KV server, and SIGSTOP of that. Every
+answer is compared with the one to the same prompt alone; a token that is missing, doubled or another is wrong unless
+it is a near tie. `added_ms` is the longest pause of any stream around a fault, less what the longest pause of a second
+is without one; `recovered_s` the time until the mesh has everything again. Last line: one JSON object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import statistics
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from benchmarks.bare import Answer, engine_environment
+from benchmarks.checkpoints import write_family
+from benchmarks.parity import prompts_for, vocabulary_of
+from benchmarks.served import served_answers
+from benchmarks.timing import free_port
+from benchmarks.traffic import Judge, Traffic, whole
+from expertmesh import Client
+
+MODEL = "tiny"
+ATTENTION, SHARDS, REDUNDANCY = 2, 3, 2
+STREAMS, PROMPTS, TOKENS = 8, 24, 96
+KILLS, QUICK_KILLS = 10, 2
+SETTLE_S = 2.0
+"""Undisturbed time before each fault, to know what is usual."""
+AFTERMATH_S = 3.0
+"""How long after the recovery pauses are still the fault's."""
+HANG_S = 12.0
+"""How long a stopped process stays so, if nobody replaces it."""
+GIVE_UP_S = 180.0
+
+
+def replicas(deployment: str) -> list[psutil.Process]:
+    """The processes of a deployment's replicas on this machine, of the mesh that this process started."""
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        with still_there():
+            if f"ServeReplica:expertmesh:{deployment}" in " ".join(process.cmdline()):
+                found.append(process)
+    return sorted(found, key=lambda process: process.pid)
+
+
+@contextmanager
+def still_there() -> Iterator[None]:
+    """A process that ended while it was looked at is none."""
+    try:
+        yield
+    except (psutil.NoSuchProcess, psutil.AccessDenied, psutil.ZombieProcess):
+        return
+
+
+def kv_servers() -> list[psutil.Process]:
+    """The embedded KV servers of this mesh."""
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        with still_there():
+            if "valkey-server" in " ".join(process.cmdline()):
+                found.append(process)
+    return found
+
+
+def kill(processes: Callable[[], list[psutil.Process]]) -> Callable[[int], None]:
+    """A fault: SIGKILL of one of the processes, another one each time."""
+
+    def fault(turn: int) -> None:
+        found = processes()
+        found[turn % len(found)].kill()
+
+    return fault
+
+
+def hang(processes: Callable[[], list[psutil.Process]]) -> Callable[[int], None]:
+    """A fault: SIGSTOP of one of the processes; it goes on after a while if it is still there."""
+
+    def fault(turn: int) -> None:
+        found = processes()
+        victim = found[turn % len(found)]
+        victim.suspend()
+
+        def go_on() -> None:
+            with still_there():
+                os.kill(victim.pid, signal.SIGCONT)
+
+        timer = threading.Timer(HANG_S, go_on)
+        timer.daemon = True
+        timer.start()
+
+    return fault
+
+
+FAULTS: dict[str, Callable[[int], None]] = {
+    "expert_kill": kill(lambda: replicas("experts")),
+    "expert_hang": hang(lambda: replicas("experts")),
+    "attention_kill": kill(lambda: replicas("attention")),
+    "controller_kill": kill(lambda: replicas("controller")),
+    "kv_kill": kill(kv_servers),
+    "kv_hang": hang(kv_servers),
+}
+
+
+def one_fault(fault: Callable[[int], None], turn: int, traffic: Traffic, client: Client) -> tuple[float, float]:
+    """(added seconds, seconds until the mesh is whole again)."""
+    calm = time.monotonic()
+    time.sleep(SETTLE_S)
+    begin = time.monotonic()
+    fault(turn)
+    recovered = time.monotonic()
+    seen_broken = False
+    while time.monotonic() - begin < GIVE_UP_S:
+        try:
+            is_whole = whole(client.mesh.status(), ATTENTION, SHARDS, REDUNDANCY)
+        except Exception:  # the controller itself is away
+            is_whole = False
+        seen_broken = seen_broken or not is_whole
+        now = time.monotonic()
+        if is_whole and (seen_broken or now - begin > HANG_S + 1):
+            break
+        if not is_whole:
+            recovered = now
+        time.sleep(0.1)
+    recovered = max(recovered, begin)
+    time.sleep(AFTERMATH_S)
+    added = traffic.worst_gap_s(begin, recovered + AFTERMATH_S) - traffic.usual_gap_s(calm, begin)
+    return max(0.0, added), recovered - begin
+
+
+def main() -> None:
+    """Measures and prints the JSON line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help=f"{QUICK_KILLS} kills of a kind instead of {KILLS}")
+    parser.add_argument("--faults", default=",".join(FAULTS), help="which, with commas between (default: all)")
+    options = parser.parse_args()
+    names = options.faults.split(",")
+    if unknown := set(names) - set(FAULTS):
+        parser.error(f"unknown faults {sorted(unknown)}; there are {', '.join(FAULTS)}")
+    kills = QUICK_KILLS if options.quick else KILLS
+    engine_environment(1)
+    with tempfile.TemporaryDirectory(prefix="failover-") as scratch:
+        folder = write_family("qwen3_moe", Path(scratch) / MODEL)
+        result = measure(folder, names, kills)
+    print(json.dumps(result))
+
+
+@contextmanager
+def disturbed_mesh(folder: Path, **experts: Any) -> Iterator[tuple[str, list[list[int]], list[Answer]]]:
+    """A whole mesh of a tiny model: its URL, prompts, and what it says to each alone."""
+    from expertmesh.deployments.local import LocalMesh
+    from expertmesh.platform.config import load_config
+
+    settings = {
+        "model": {"source": str(folder), "served_name": MODEL, "dtype": "float32"},
+        "ingress": {"port": free_port()},
+        "attention": {"replicas": ATTENTION, "kv_cache_gib": 0.25},
+        "experts": {"shards": SHARDS, "redundancy": REDUNDANCY, **experts},
+        "kv_store": {"url": "embedded"},
+    }
+    prompts = prompts_for(vocabulary_of(folder), PROMPTS)
+    with LocalMesh(load_config(settings)) as mesh:
+        alone = [served_answers(mesh.url, MODEL, [prompt], TOKENS)[0] for prompt in prompts]
+        yield mesh.url, prompts, alone
+
+
+def measure(folder: Path, names: list[str], kills: int) -> dict[str, Any]:
+    """Each fault `kills` times; see the module's text."""
+    result: dict[str, Any] = {}
+    with disturbed_mesh(folder) as (url, prompts, alone), Client(base_url=url, timeout=5, max_retries=0) as client:
+        for name in names:
+            judge = Judge(alone)
+            traffic = Traffic(url, MODEL, prompts, judge, STREAMS)
+            traffic.start()
+            added, recovered = [], []
+            for turn in range(kills):
+                more, took = one_fault(FAULTS[name], turn, traffic, client)
+                added.append(more * 1e3)
+                recovered.append(took)
+                print(f"{name} {turn + 1}/{kills}: +{more * 1e3:.0f} ms, whole after {took:.1f} s", flush=True)
+            traffic.stop()
+            result[name] = {
+                "failed": len(judge.failed),
+                "wrong_tokens": judge.wrong,
+                "near_ties": judge.near_ties,
+                "compared_tokens": judge.compared,
+                "requests": traffic.answered,
+                "added_ms": {"p50": round(statistics.median(added), 1), "max": round(max(added), 1)},
+                "recovered_s": round(statistics.median(recovered), 1),
+                "errors": sorted(set(judge.failed))[:3],
+            }
+            print(f"{name}: {result[name]}", flush=True)
+    return result
+
+
+if __name__ == "__main__":
+    main()
