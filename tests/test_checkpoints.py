@@ -370,7 +370,7 @@ def test_neighbouring_rows_are_one_read(tmp_path: Path, monkeypatch: pytest.Monk
 
     monkeypatch.setattr(os, "preadv", counting)
     checkpoint.read_rows("experts", [1, 2, 3, 7, 5, 6])
-    assert reads == [3 * 64, 64, 2 * 64]
+    assert sorted(reads) == [64, 2 * 64, 3 * 64]
 
 
 def test_short_reads_are_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

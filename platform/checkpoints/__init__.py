@@ -1,4 +1,4 @@
-"""Hugging Face checkpoints: what a folder holds, its routed experts, and tensors by byte range.
+"""Hugging Face checkpoints: what a folder or its mirror holds, its routed experts, and tensors by byte range.
 
 Importing this does not import torch; only reading tensors does.
 """
@@ -6,7 +6,7 @@ Importing this does not import torch; only reading tensors does.
 from __future__ import annotations
 
 from expertmesh.platform.checkpoints.check import check_checkpoint
-from expertmesh.platform.checkpoints.checkpoint import Checkpoint, checkpoint_revision, open_checkpoint
+from expertmesh.platform.checkpoints.checkpoint import Checkpoint, Wanted, checkpoint_revision, open_checkpoint
 from expertmesh.platform.checkpoints.expert_layout import ExpertLayout, expert_layout, is_expert_tensor
 from expertmesh.platform.checkpoints.safetensors_header import TensorInfo
 
@@ -14,6 +14,7 @@ __all__ = [
     "Checkpoint",
     "ExpertLayout",
     "TensorInfo",
+    "Wanted",
     "check_checkpoint",
     "checkpoint_revision",
     "expert_layout",

@@ -13,7 +13,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 import stat
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -21,9 +20,10 @@ from pathlib import Path
 from typing import Any, TypeGuard
 
 from expertmesh.errors import CheckpointError
+from expertmesh.platform.weights.files import MAX_HEADER_BYTES, Files
 
-MAX_JSON_BYTES = 100_000_000
-"""Longest header, index or config that is parsed; the format's own limit for headers."""
+MAX_JSON_BYTES = MAX_HEADER_BYTES
+"""Longest header, index or config that is parsed."""
 
 DTYPES: dict[str, tuple[int, str]] = {
     "BOOL": (1, "bool"),
@@ -54,6 +54,7 @@ class TensorInfo:
     """Where one tensor lies: `nbytes` bytes at `offset` (from the start of `file`), row-major, little-endian."""
 
     file: Path
+    """In the checkpoint's folder; of a mirrored checkpoint it need not exist."""
     dtype: str
     shape: tuple[int, ...]
     offset: int
@@ -71,27 +72,21 @@ class SafetensorsFile:
     tensors: dict[str, TensorInfo]
 
 
-def read_header(path: Path) -> SafetensorsFile:
-    """Read and check the header of `path`.
+def read_header(files: Files, name: str) -> SafetensorsFile:
+    """Read and check the header of the file `name`, and not a byte of what follows it.
 
     Raises CheckpointError, naming the file and where it applies the tensor, if the file can't be read, is truncated
     or breaks the format, or if a dtype is unknown. Allocates no more than the header's length, which is at most the
     file's.
     """
-    try:
-        status = path.stat()
-        if not stat.S_ISREG(status.st_mode):
-            raise CheckpointError(f"{path}: is not a regular file")
-        with path.open("rb") as stream:
-            size = os.fstat(stream.fileno()).st_size
-            length = _header_length(path, stream.read(8), size)
-            header = stream.read(length)
-    except OSError as error:
-        raise CheckpointError(f"{path}: can't be read ({error.strerror or error})") from error
-    if len(header) != length:
-        raise CheckpointError(f"{path}: truncated, the header is cut off after {len(header)} of {length} bytes")
+    path, size = files.folder / name, files.size(name)
+    prefix = bytearray(min(8, size))
+    files.read_into(name, 0, memoryview(prefix))
+    length = _header_length(path, bytes(prefix), size)
+    header = bytearray(length)
+    files.read_into(name, 8, memoryview(header))
     data_offset = 8 + length
-    tensors = _parse(path, header, data_offset, size)
+    tensors = _parse(path, bytes(header), data_offset, size)
     return SafetensorsFile(path, size, data_offset, hashlib.sha256(header).hexdigest(), tensors)
 
 

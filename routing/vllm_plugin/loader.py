@@ -10,7 +10,6 @@ from functools import cache
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from torch import nn
 from vllm.config import ModelConfig, VllmConfig
 from vllm.config.load import LoadConfig
@@ -19,38 +18,38 @@ from vllm.model_executor.model_loader import register_model_loader
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 
 from expertmesh.errors import CheckpointError
-from expertmesh.platform.checkpoints import is_expert_tensor
+from expertmesh.platform.checkpoints import Wanted, is_expert_tensor, open_checkpoint
 from expertmesh.routing.vllm_plugin.layer import MeshExperts
 from expertmesh.routing.vllm_plugin.settings import LOAD_FORMAT, MeshSettings
 
 REPORT_NAME = "loaded.json"
-"""File in the mailbox that tells what was read: `{"bytes_read", "tensors_read", "tensors_skipped", "seconds"}`."""
+"""File in the mailbox that tells what was read: `{"bytes_read", "bytes_fetched", "tensors_read", "tensors_skipped",
+"seconds", "waited_s"}`, of which `bytes_fetched` came over the network, and `waited_s` went by waiting for tensors."""
 
 
 class AttentionLoader(DefaultModelLoader):
-    """vLLM's loader for safetensors that leaves out tensors by name, before a byte of them is read."""
+    """vLLM's loader with the checkpoint's tensors from a disk or from S3, and without those of routed experts."""
 
     def __init__(self, load_config: LoadConfig) -> None:
         super().__init__(dataclasses.replace(load_config, load_format="safetensors"))
-        self._read_bytes = self._read = self._skipped = 0
+        self._report = {"bytes_read": 0, "bytes_fetched": 0, "tensors_read": 0, "tensors_skipped": 0, "waited_s": 0.0}
 
     def _get_weights_iterator(
         self, source: DefaultModelLoader.Source
     ) -> Generator[tuple[str, torch.Tensor], None, None]:
-        _, files, _, _ = self._prepare_weights(
-            source.model_or_path, source.subfolder, source.revision, False, source.allow_patterns_overrides
-        )
         self.counter_before_loading_weights = self.counter_before_loading_weights or time.perf_counter()
-        for file in sorted(files):
-            with safe_open(file, framework="pt") as tensors:
-                for name in tensors.keys():  # noqa: SIM118 (safe_open is no mapping)
-                    if is_expert_tensor(name):
-                        self._skipped += 1
-                        continue
-                    tensor = tensors.get_tensor(name)
-                    self._read_bytes += tensor.nbytes
-                    self._read += 1
-                    yield source.prefix + name, tensor
+        checkpoint = open_checkpoint(Path(source.model_or_path) / (source.subfolder or ""))
+        places = sorted(checkpoint.tensors.items(), key=lambda item: (item[1].file.name, item[1].offset))
+        names = [name for name, _ in places if not is_expert_tensor(name)]
+        try:
+            yield from zip(
+                (source.prefix + name for name in names), checkpoint.read_each(map(Wanted, names)), strict=True
+            )
+        finally:
+            self._report["tensors_read"] += len(names)
+            self._report["tensors_skipped"] += len(places) - len(names)
+            for counter in ("bytes_read", "bytes_fetched", "waited_s"):
+                self._report[counter] += getattr(checkpoint, counter)
 
     def load_model(self, vllm_config: VllmConfig, model_config: ModelConfig, prefix: str = "") -> nn.Module:
         """The model, its routed experts remote.
@@ -62,12 +61,7 @@ class AttentionLoader(DefaultModelLoader):
         settings = MeshSettings.of(vllm_config.additional_config)
         check_remote(model, settings)
         if settings is not None:
-            report = {
-                "bytes_read": self._read_bytes,
-                "tensors_read": self._read,
-                "tensors_skipped": self._skipped,
-                "seconds": round(time.perf_counter() - begin, 3),
-            }
+            report = {**self._report, "seconds": round(time.perf_counter() - begin, 3)}
             (Path(settings.mailbox) / REPORT_NAME).write_text(json.dumps(report))
         return model
 
