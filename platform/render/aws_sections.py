@@ -82,6 +82,9 @@ class HeadConfig(NodeSection):
     """The head node: Ray's control, the HTTP proxy, and room for ingress and controller. Always on demand."""
 
     instance_type: TypeName = Field(default="m7i.4xlarge", description="EC2 instance type; one of the hardware table.")
+    instance_profile: Text | None = Field(
+        default=None, description="Instance profile whose role may start nodes; null takes the cluster's."
+    )
 
 
 class PoolConfig(NodeSection):
@@ -103,7 +106,8 @@ class PoolConfig(NodeSection):
         default=None, description="The Capacity Block or On-Demand Capacity Reservation to start in."
     )
     placement_group: Text | None = Field(
-        default=None, description="An existing placement group; `cluster` strategy for EFA."
+        default=None,
+        description="An existing placement group; `cluster` strategy for EFA. null takes the cluster's, with EFA.",
     )
     efa: bool | None = Field(
         default=None, description="Attach all EFA interfaces; null: on instances with several network cards."
@@ -190,7 +194,10 @@ class AwsCluster(Section):
         "both ways.",
     )
     instance_profile: Text = Field(
-        description="Instance profile of all nodes; the head's role must allow what Ray calls."
+        description="Instance profile of all nodes; without `head.instance_profile` its role must allow what Ray calls."
+    )
+    placement_group: Text | None = Field(
+        default=None, description="Placement group of the pools with EFA that name none."
     )
     key_pair: KeyPairConfig | None = Field(default=None, description="SSH key; null lets Ray make one.")
     ssh_user: Text = Field(default="ubuntu", description="User of the AMIs.")

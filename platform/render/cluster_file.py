@@ -9,10 +9,11 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ValidationError
 
 from expertmesh.errors import ConfigError
-from expertmesh.platform.config import DEMO, MeshConfig, config_schema, yaml_text
+from expertmesh.platform.config import DEMO, MeshConfig, config_schema
 from expertmesh.platform.config.fields import Section
-from expertmesh.platform.config.problems import Scan, explain, kind_of, report
+from expertmesh.platform.config.problems import Scan, explain, report
 from expertmesh.platform.render.aws_sections import AwsCluster
+from expertmesh.platform.render.yaml_file import read_mapping
 
 _KEYS = ("mesh", "cluster")
 _Kind = TypeVar("_Kind", bound=BaseModel)
@@ -25,13 +26,20 @@ class ClusterFile(Section):
     cluster: AwsCluster
 
 
-def load_cluster_file(source: str | Path | Mapping[str, Any]) -> ClusterFile:
-    """Read and validate a file, or a mapping of the same form.
+def load_cluster_file(
+    source: str | Path | Mapping[str, Any], beneath: str | Path | Mapping[str, Any] | None = None
+) -> ClusterFile:
+    """Read and validate a file, or a mapping of the same form; what it leaves out is taken from `beneath`.
+
+    `beneath` is of the same form too, such as what `expertmesh aws up --write` wrote. Mappings are merged key by key;
+    everything else in `source`, lists too, takes the place of what is beneath.
 
     Paths in it are those of the nodes, so this machine's files are not looked at. Raises ConfigError with one line for
     each problem, each starting with the dotted path.
     """
-    data = source if isinstance(source, Mapping) else _read(Path(source))
+    data = _mapping(source)
+    if beneath is not None:
+        data = _merged(_mapping(beneath), data)
     unknown = sorted(str(key) for key in set(data) - set(_KEYS))
     if unknown:
         raise ConfigError(f"{unknown[0]}: unknown key; allowed: {', '.join(_KEYS)}")
@@ -47,14 +55,19 @@ def load_cluster_file(source: str | Path | Mapping[str, Any]) -> ClusterFile:
     return ClusterFile(mesh=mesh, cluster=cluster)
 
 
-def _read(path: Path) -> Mapping[str, Any]:
-    try:
-        data = yaml_text.parse(path.read_text(encoding="utf-8"), str(path))
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: can't be read: {error}") from None
-    if not isinstance(data, Mapping):
-        raise ConfigError(f"{path}: the top level is {kind_of(data)}; allowed: a mapping with {' and '.join(_KEYS)}")
-    return data
+def _mapping(source: str | Path | Mapping[str, Any]) -> Mapping[str, Any]:
+    return source if isinstance(source, Mapping) else read_mapping(Path(source), " and ".join(_KEYS))
+
+
+def _merged(beneath: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(beneath)
+    for key, value in above.items():
+        below = merged.get(key)
+        if isinstance(below, Mapping) and isinstance(value, Mapping):
+            merged[key] = _merged(below, value)
+        else:
+            merged[key] = value
+    return merged
 
 
 def _section(kind: type[_Kind], data: object, name: str, schema: dict[str, Any], problems: list[str]) -> _Kind | None:
@@ -75,4 +88,8 @@ def _not_for_a_cluster(mesh: MeshConfig) -> list[str]:
         lines.append(f"model.source: {source!r} is a relative path; nodes need an absolute one, s3://... or {DEMO!r}")
     if mesh.routing.transport == "unix":
         lines.append("routing.transport: 'unix' does not reach other nodes; allowed: auto, tcp")
+    if mesh.kv_store.url.startswith(("embedded", "unix:")):
+        lines.append(
+            f"kv_store.url: {mesh.kv_store.url!r} is on one machine; allowed: off, redis://HOST[:PORT], rediss://HOST[:PORT]"
+        )
     return lines

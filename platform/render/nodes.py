@@ -10,15 +10,17 @@ from expertmesh.platform.render.aws_sections import AwsCluster, NodeSection, Poo
 
 def head_node(cluster: AwsCluster) -> dict[str, Any]:
     """RunInstances parameters of the head node."""
-    return {**_common(cluster, cluster.head), **_plain_network(cluster)}
+    profile = cluster.head.instance_profile or cluster.instance_profile
+    return {**_common(cluster, cluster.head, profile), **_plain_network(cluster)}
 
 
 def pool_node(cluster: AwsCluster, pool: PoolConfig) -> dict[str, Any]:
     """RunInstances parameters of a node of `pool`."""
-    config = _common(cluster, pool)
+    config = _common(cluster, pool, cluster.instance_profile)
     config |= _efa_network(cluster, pool) if pool.uses_efa else _plain_network(cluster)
-    if pool.placement_group is not None:
-        config["Placement"] = {"GroupName": pool.placement_group}
+    group = pool.placement_group or (cluster.placement_group if pool.uses_efa else None)
+    if group is not None:
+        config["Placement"] = {"GroupName": group}
     if pool.market != "on-demand":
         config["InstanceMarketOptions"] = {"MarketType": pool.market}
     if pool.capacity_reservation_id is not None:
@@ -28,11 +30,11 @@ def pool_node(cluster: AwsCluster, pool: PoolConfig) -> dict[str, Any]:
     return config
 
 
-def _common(cluster: AwsCluster, node: NodeSection) -> dict[str, Any]:
+def _common(cluster: AwsCluster, node: NodeSection, profile: str) -> dict[str, Any]:
     config: dict[str, Any] = {
         "InstanceType": node.instance_type,
         "ImageId": node.image_id,
-        "IamInstanceProfile": {"Name": cluster.instance_profile},  # Ray gives one to the head only
+        "IamInstanceProfile": {"Name": profile},  # Ray gives one to the head only
         "BlockDeviceMappings": [
             {
                 "DeviceName": "/dev/sda1",

@@ -37,7 +37,8 @@ def plan(mesh: MeshConfig, cluster: AwsCluster) -> tuple[Placed, ...]:
 def needed_replicas(mesh: MeshConfig, side: Side) -> int:
     """Replicas of a side at most."""
     if side == "experts":
-        return mesh.experts.shards
+        shards = mesh.autoscaling.experts
+        return mesh.experts.shards if shards is None else shards.max_shards
     scaling = mesh.autoscaling.attention
     return mesh.attention.replicas if scaling is None else scaling.max_replicas
 
@@ -66,12 +67,15 @@ def need_of(mesh: MeshConfig, cluster: AwsCluster, side: Side) -> ReplicaNeed:
 def _shard_gib(mesh: MeshConfig, sizes: WeightsConfig) -> float:
     """Weights of one shard: in each layer its share of all copies, spare slots, and one to load into while it serves.
 
+    With autoscaling, of the fewest shards, which hold the most each.
+
     256 experts, 16 shards, redundancy 2, no spare slots, re-placement on: 256 x 2 / 16 + 0 + 1 = 33 of 256 experts.
     """
-    experts, each_layer = mesh.experts, sizes.experts_per_layer
+    experts, scaling, each_layer = mesh.experts, mesh.autoscaling.experts, sizes.experts_per_layer
+    shards = experts.shards if scaling is None else scaling.min_shards
     if each_layer is None:
-        return sizes.experts_gib * experts.redundancy / experts.shards
-    slots = math.ceil(each_layer * experts.redundancy / experts.shards)
+        return sizes.experts_gib * experts.redundancy / shards
+    slots = math.ceil(each_layer * experts.redundancy / shards)
     return sizes.experts_gib * (slots + experts.spare_slots + mesh.routing.rebalance.enabled) / each_layer
 
 

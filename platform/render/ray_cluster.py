@@ -101,7 +101,12 @@ def _image(cluster: AwsCluster, accelerator: str) -> str:
 
 
 def _run_options(cluster: AwsCluster) -> list[str]:
-    variables = {"RAY_BACKEND_LOG_LEVEL": cluster.log_level, **cluster.environment}
+    # boto3 takes no region from the instance: weights in S3 and IAM logins need this one.
+    variables = {
+        "AWS_DEFAULT_REGION": cluster.region,
+        "RAY_BACKEND_LOG_LEVEL": cluster.log_level,
+        **cluster.environment,
+    }
     mounts = [] if cluster.fsx is None else [f"-v {cluster.fsx.path}:{cluster.fsx.path}"]
     return [*_LIMITS, *mounts, *_variables(variables)]
 

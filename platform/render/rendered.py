@@ -33,11 +33,13 @@ class Rendered:
         return cluster, serve
 
 
-def render_ray_cluster(source: str | Path | Mapping[str, Any]) -> Rendered:
+def render_ray_cluster(
+    source: str | Path | Mapping[str, Any], beneath: str | Path | Mapping[str, Any] | None = None
+) -> Rendered:
     """Render a cluster file (see `load_cluster_file`).
 
     Raises ConfigError with one line for each problem: what is wrong with the file, or, with the arithmetic, what
     doesn't fit on the nodes.
     """
-    file = load_cluster_file(source)
+    file = load_cluster_file(source, beneath)
     return Rendered(_HEADER + yaml_text.dump(ray_cluster(file)), _HEADER + yaml_text.dump(serve_config(file.mesh)))

@@ -24,9 +24,10 @@ from ray.autoscaler.tags import (
 from ray.autoscaler.v2.instance_manager.config import AutoscalingConfig
 
 from expertmesh.platform.config import yaml_text
-from expertmesh.platform.hardware import instance_type
+from expertmesh.platform.hardware import INSTANCE_TYPES, InstanceType, instance_type
 from expertmesh.platform.render import ClusterFile, load_cluster_file, ray_cluster
 from tests.aws.conftest import EXAMPLES, Requests, aws_account
+from tests.aws.template import actions, statements
 
 
 @dataclass
@@ -42,6 +43,8 @@ class Launched:
     """The RunInstances request by node type."""
     operations: set[str]
     """All EC2 operations that Ray called."""
+    to_start_nodes: set[str]
+    """Those of them that its node provider called, which runs on the head."""
     instances: list[dict[str, Any]]
     roles: list[Any]
     rules: list[dict[str, Any]]
@@ -54,12 +57,16 @@ def launched(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     (home / "keys").mkdir()
     (home / "keys" / "cluster").write_text("sixteen bytes or more")
     with aws_account(home) as requests:
-        return _launch(_with_ids_of_an_account(request.param, home / "keys"), requests)
+        return _launch(_with_ids_of_an_account(_read(request.param), home / "keys"), requests)
 
 
-def _with_ids_of_an_account(example: Path, keys: Path) -> ClusterFile:
+def _read(example: Path) -> dict[str, Any]:
     data = yaml_text.parse(example.read_text(), str(example))
     assert isinstance(data, dict)
+    return data
+
+
+def _with_ids_of_an_account(data: dict[str, Any], keys: Path) -> ClusterFile:
     section = data["cluster"]
     ec2 = boto3.client("ec2", section["region"])
     subnets = ec2.describe_subnets()["Subnets"][: len(section["subnets"])]
@@ -83,7 +90,7 @@ def _launch(file: ClusterFile, requests: Requests) -> Launched:
     detected = AWSNodeProvider.fillout_available_node_types_resources(bare)["available_node_types"]
     config = AWSNodeProvider.bootstrap_config(AWSNodeProvider.fillout_available_node_types_resources(config))
     provider = AWSNodeProvider(config["provider"], config["cluster_name"])
-    run_instances = {}
+    run_instances, bootstrap = {}, len(requests)
     for name, kind in config["available_node_types"].items():
         before = len(requests)
         provider.create_node(kind["node_config"], _tags(name, name == config["head_node_type"]), 1)
@@ -97,6 +104,7 @@ def _launch(file: ClusterFile, requests: Requests) -> Launched:
         bootstrapped=config,
         run_instances=run_instances,
         operations=operations,
+        to_start_nodes={operation for operation, _ in requests[bootstrap:]},
         instances=[each for found in ec2.describe_instances()["Reservations"] for each in found["Instances"]],
         roles=boto3.client("iam").list_roles()["Roles"],
         rules=[rule for group in ec2.describe_security_groups()["SecurityGroups"] for rule in group["IpPermissions"]],
@@ -203,3 +211,88 @@ def test_every_pool_runs_its_hardware_image(launched: Launched) -> None:
         assert "--ulimit memlock=-1:-1" in docker["run_options"]
         assert ("--gpus=all" in docker["worker_run_options"]) == (pool.accelerator == "gpu")
         assert ("--device=/dev/infiniband" in docker["worker_run_options"]) == pool.uses_efa
+
+
+EFA_TYPES = [row for row in INSTANCE_TYPES.values() if row.efa]
+
+
+@pytest.fixture(scope="module")
+def started(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    """The RunInstances request for a node of each type that has EFA, by type."""
+    home = tmp_path_factory.mktemp("home")
+    (home / "cluster").write_text("sixteen bytes or more")
+    requests: dict[str, dict[str, Any]] = {}
+    for mesh, rows in (
+        ({"experts": {"mode": "colocated"}, "attention": {"resources": {"neuron_cores": 2}}}, _rows(neuron=True)),
+        ({"attention": {"cpus": 1}, "experts": {"shards": 1, "cpus": 1}}, _rows(neuron=False)),
+    ):
+        with aws_account(home) as seen:
+            file = _with_ids_of_an_account({"mesh": mesh, "cluster": _cluster_of(rows)}, home)
+            requests |= {
+                sent["InstanceType"]: sent
+                for name, sent in _launch(file, seen).run_instances.items()
+                if name not in ("head", "front")
+            }
+    return requests
+
+
+def _rows(neuron: bool) -> list[InstanceType]:
+    return [row for row in EFA_TYPES if bool(row.neuron_cores) == neuron]
+
+
+def _cluster_of(rows: list[InstanceType]) -> dict[str, Any]:
+    side = "attention" if rows[0].neuron_cores else "experts"
+    pools = [
+        {
+            "name": row.name.replace(".", "-"),
+            "side": side,
+            "instance_type": row.name,
+            "max_nodes": 1,
+            "efa": True,
+            **(
+                {"market": "capacity-block", "capacity_reservation_id": "cr-1"}
+                if row.capacity_blocks
+                else {"market": "spot"}
+            ),
+        }
+        for row in rows
+    ]
+    if side == "experts":
+        pools.append({"name": "front", "side": "attention", "instance_type": "m7i.4xlarge", "max_nodes": 1})
+    return {
+        "region": "us-east-1",
+        "subnets": ["subnet-1", "subnet-2"],
+        "security_groups": ["sg-1"],
+        "instance_profile": "mesh-node",
+        "placement_group": "mesh",
+        "images": {"cpu": "c", "gpu": "g", "neuron": "n"},
+        "pools": pools,
+    }
+
+
+@pytest.mark.parametrize("row", EFA_TYPES, ids=lambda row: row.name)
+def test_every_type_with_efa_asks_for_all_of_it(row: InstanceType, started: dict[str, dict[str, Any]]) -> None:
+    request = started[row.name]
+    kinds = [(each["NetworkCardIndex"], each["InterfaceType"]) for each in request["NetworkInterfaces"]]
+    efa = sorted(card for card, kind in kinds if kind in ("efa", "efa-only"))
+    assert efa == list(range(row.efa))
+    assert [card for card, kind in kinds if kind in ("efa", "interface")] == [0]  # one IP address
+    assert request["Placement"] == {"GroupName": "mesh"}
+
+
+@pytest.mark.parametrize("row", EFA_TYPES, ids=lambda row: row.name)
+def test_capacity_blocks_where_they_are_sold_and_spot_elsewhere(
+    row: InstanceType, started: dict[str, dict[str, Any]]
+) -> None:
+    request = started[row.name]
+    market = "capacity-block" if row.capacity_blocks else "spot"
+    assert request["InstanceMarketOptions"] == {"MarketType": market}
+    reservation = {"CapacityReservationTarget": {"CapacityReservationId": "cr-1"}} if row.capacity_blocks else None
+    assert request.get("CapacityReservationSpecification") == reservation
+
+
+def test_the_head_may_call_what_ray_calls_to_start_a_node(launched: Launched) -> None:
+    """The template's LaunchPolicy allows every EC2 operation of `create_node`."""
+    allowed = {action for statement in statements()["LaunchPolicy"] for action in actions(statement)}
+    assert {f"ec2:{operation}" for operation in launched.to_start_nodes} <= allowed
+    assert "RunInstances" in launched.to_start_nodes

@@ -142,6 +142,16 @@ def test_spare_slots_and_the_one_to_load_into_count() -> None:
     assert need_of(file.mesh, file.cluster, "experts").weights_gib == 73
 
 
+def test_shards_that_come_and_go_need_room_for_the_most_and_memory_for_the_fewest() -> None:
+    """200 GiB of experts twice, on 2 to 4 shards: 200 GiB each where there are 2."""
+    scaling = {"autoscaling": {"experts": {"min_shards": 2, "max_shards": 4}}}
+    file = load_cluster_file(changed(lambda d: d["mesh"].update(scaling)))
+    assert need_of(file.mesh, file.cluster, "experts").weights_gib == 200
+    more = {"autoscaling": {"experts": {"min_shards": 2, "max_shards": 5}}}
+    with pytest.raises(ConfigError, match="5 experts replicas, but the pools hold 2 x 1"):
+        render_ray_cluster(changed(lambda d: d["mesh"].update(more)))
+
+
 def test_no_key_of_the_file_looks_like_a_secret() -> None:
     from expertmesh.platform.render.aws_sections import AwsCluster
 
@@ -169,6 +179,7 @@ def _pool(data: dict[str, Any], index: int, **change: Any) -> None:
             "mesh.model.source: 'models/moe' is a relative path",
         ),
         (lambda d: d["mesh"].update(routing={"transport": "unix"}), "mesh.routing.transport: 'unix' does not reach"),
+        (lambda d: d["mesh"].update(kv_store={"url": "embedded"}), "mesh.kv_store.url: 'embedded' is on one machine"),
         (lambda d: _pool(d, 0, instance_type="p5e.48xlarge"), "'p5e.48xlarge' is not in the hardware table"),
         (lambda d: _pool(d, 1, min_nodes=3), "2 is below min_nodes (3)"),
         (lambda d: _pool(d, 1, market="capacity-block"), "r7i.8xlarge is not sold in capacity blocks"),

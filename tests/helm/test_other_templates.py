@@ -5,15 +5,28 @@ from __future__ import annotations
 import base64
 import json
 import re
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from expertmesh.platform.config import MeshConfig
+from tests.conftest import free_port
 from tests.helm.chart import CHART, NAME, NAMESPACE, RELEASE, Helm, Object, Refused
 
 SELECTOR = {"app.kubernetes.io/name": "expertmesh", "app.kubernetes.io/instance": RELEASE}
+
+STORE: dict[str, Any] = {
+    "kvStore": {"useValkey": True},
+    "valkey": {"enabled": True, "maxMemoryPolicy": "volatile-lru"},
+}
 
 FSX: dict[str, Any] = {"enabled": True, "fileSystemId": "fs-1", "dnsName": "fs-1.fsx", "mountName": "m"}
 
@@ -28,6 +41,41 @@ KARPENTER: dict[str, Any] = {
     "nodeClass": {"role": "r", "subnetTags": {"k": "v"}, "securityGroupTags": {"k": "v"}},
     "nodePools": {"gpu": {"instanceTypes": ["p5en.48xlarge"]}},
 }
+
+
+FACING: dict[str, Any] = {"ingress": {"nlb": {"enabled": True, "scheme": "internet-facing"}}}
+
+
+@contextmanager
+def _api(status: int) -> Iterator[tuple[str, list[str]]]:
+    """A healthy API whose /v1/models answers with `status`. Yields its address and the paths that were asked for."""
+    asked: list[str] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            asked.append(self.path)
+            self.send_response(200 if self.path == "/health" else status)
+            self.end_headers()
+            self.wfile.write(json.dumps({"data": [{"id": "moe"}]}).encode())
+
+        def log_message(self, *_: object) -> None:
+            """Nothing."""
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{server.server_port}", asked
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+def _run(code: str, address: str) -> str:
+    """What the test pod's program prints, with no time to try again."""
+    return subprocess.run(
+        [sys.executable, "-c", code, address, "0"], stdout=subprocess.PIPE, text=True, check=True
+    ).stdout
 
 
 class TestSecret:
@@ -89,6 +137,66 @@ class TestValkey:
         assert len(objects.of("Secret")) == 1
         reference = spec["template"]["spec"]["containers"][0]["env"][0]["valueFrom"]["secretKeyRef"]
         assert reference == {"name": "pw", "key": "password"}
+
+
+class TestApiKeysAndKvStore:
+    def test_off_by_default(self, helm: Helm) -> None:
+        objects = helm.template()
+        assert not {"ingress", "kv_store"} & set(objects.mesh)
+        names = {volume["name"] for pod in objects.pods() for volume in pod["volumes"]}
+        assert not {"api-keys", "kv-store"} & names
+
+    def test_keys_are_mounted_where_the_mesh_looks(self, helm: Helm) -> None:
+        values = {"apiKeys": {"existingSecret": "keys", "key": "k.json"}, "mesh": {"ingress": {"replicas": 2}}}
+        objects = helm.template(values)
+        assert objects.mesh["ingress"] == {"keys_file": "/etc/expertmesh/api-keys/k.json", "replicas": 2}
+        for pod in objects.pods():
+            [secret] = [volume["secret"] for volume in pod["volumes"] if volume["name"] == "api-keys"]
+            assert secret["secretName"] == "keys"
+            paths = {mount["name"]: mount["mountPath"] for mount in pod["containers"][0]["volumeMounts"]}
+            assert paths["api-keys"] == "/etc/expertmesh/api-keys"
+
+    def test_the_charts_valkey_as_the_store(self, helm: Helm) -> None:
+        objects = helm.template(STORE)
+        expected = {"url": f"redis://{NAME}-valkey:6379", "password_file": "/etc/expertmesh/kv-store/password"}
+        assert objects.mesh["kv_store"] == expected
+        MeshConfig.model_validate(objects.mesh)
+        for pod in objects.pods():
+            [secret] = [volume["secret"] for volume in pod["volumes"] if volume["name"] == "kv-store"]
+            assert secret["secretName"] == objects.one("StatefulSet")["metadata"]["name"] == f"{NAME}-valkey"
+            assert secret["items"] == [{"key": "password", "path": "password"}]
+
+    def test_a_store_of_ones_own_with_a_password(self, helm: Helm) -> None:
+        store = {"url": "rediss://cache:6379?cluster=true", "username": "mesh"}
+        objects = helm.template({"mesh": {"kv_store": store}, "kvStore": {"existingSecret": "cache"}})
+        assert objects.mesh["kv_store"] == {**store, "password_file": "/etc/expertmesh/kv-store/password"}
+
+    @pytest.mark.parametrize(
+        ("values", "message"),
+        [
+            ({"kvStore": {"useValkey": True}}, "kvStore.useValkey: needs valkey.enabled"),
+            (
+                {**STORE, "valkey": {"enabled": True}},
+                "valkey.maxMemoryPolicy: noeviction takes no new KV blocks when memory is full; use volatile-lru",
+            ),
+            (
+                {
+                    **STORE,
+                    "valkey": {"enabled": True, "maxMemoryPolicy": "allkeys-lru"},
+                    "ray": {"gcsFaultTolerance": {"enabled": True}},
+                },
+                "valkey.maxMemoryPolicy: allkeys-lru would drop the head's state; use volatile-lru",
+            ),
+            ({**STORE, "mesh": {"kv_store": {"url": "redis://a"}}}, "mesh.kv_store.url is redis://a already"),
+            ({**STORE, "kvStore": {"useValkey": True, "existingSecret": "x"}}, "the chart's Valkey has a password"),
+            ({"kvStore": {"existingSecret": "x"}}, "kvStore.existingSecret: a password without a store"),
+            ({"mesh": {"kv_store": {"url": "embedded"}}}, "mesh.kv_store.url: embedded is on one machine"),
+        ],
+    )
+    def test_stores_that_cannot_be(self, helm: Helm, values: dict[str, Any], message: str) -> None:
+        with pytest.raises(Refused) as caught:
+            helm.template(values)
+        assert message in str(caught.value)
 
 
 class TestStorage:
@@ -338,13 +446,31 @@ class TestExtraObjectsTestPodAndNotes:
         [container] = pod["spec"]["containers"]
         code, url, seconds = container["args"]
         assert (url, seconds) == (f"http://{NAME}-serve-svc:8000", "9")
-        compile(code, "test", "exec")
+        with _api(200) as (address, asked):
+            assert _run(code, address) == "['moe']\n"
+        assert asked == ["/health", "/v1/models"]
         assert helm.template({"tests": {"enabled": False}}).of("Pod") == []
+
+    def test_the_test_pod_is_content_with_an_api_that_asks_for_a_key(self, helm: Helm) -> None:
+        code = helm.template().one("Pod")["spec"]["containers"][0]["args"][0]
+        with _api(401) as (address, _):
+            assert _run(code, address) == "the API asks for a key\n"
+
+    def test_the_test_pod_fails_without_an_api(self, helm: Helm) -> None:
+        code = helm.template().one("Pod")["spec"]["containers"][0]["args"][0]
+        with pytest.raises(subprocess.CalledProcessError):
+            _run(code, f"http://127.0.0.1:{free_port()}")
 
     def test_common_labels_are_everywhere(self, helm: Helm) -> None:
         values = {"commonLabels": {"team": "x"}, "karpenter": KARPENTER, "valkey": {"enabled": True}}
         objects = helm.template({**values, "monitoring": MONITORING, "networkPolicy": {"enabled": True}})
         assert all(each["metadata"]["labels"]["team"] == "x" for each in objects)
+
+    def test_keys_take_the_warning_away(self, helm: Helm) -> None:
+        arguments = ["install", RELEASE, str(CHART), "--namespace", NAMESPACE, "--dry-run=client"]
+        assert "WARNING: the load balancer" not in helm.run(
+            *arguments, values={**FACING, "apiKeys": {"existingSecret": "keys"}}
+        )
 
     @pytest.mark.parametrize(
         ("values", "sentence"),
@@ -352,7 +478,7 @@ class TestExtraObjectsTestPodAndNotes:
             ({}, "experts: experts, 2 to 2 pods of 1 replicas on cpu"),
             ({}, "aws eks create-pod-identity-association"),
             ({}, "Argo CD"),
-            ({"ingress": {"nlb": {"enabled": True, "scheme": "internet-facing"}}}, "WARNING: the load balancer faces"),
+            (FACING, "WARNING: the load balancer faces the internet, and the API asks for no key"),
         ],
     )
     def test_notes(self, helm: Helm, values: dict[str, Any], sentence: str) -> None:

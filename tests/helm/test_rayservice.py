@@ -238,6 +238,10 @@ def test_names_stay_below_kuberay_limit(helm: Helm) -> None:
             {"mesh": {"autoscaling": {"attention": {"min_replicas": 1, "max_replicas": 5}}}},
             "the mesh has up to 5 attention replicas, but its groups hold 1",
         ),
+        (
+            {"mesh": {"autoscaling": {"experts": {"min_shards": 1, "max_shards": 6}}}},
+            "the mesh has up to 6 experts replicas, but its groups hold 2",
+        ),
     ],
 )
 def test_groups_that_cannot_hold_the_mesh_are_refused(helm: Helm, values: dict[str, Any], message: str) -> None:

@@ -7,6 +7,19 @@
 {{- $_ := set $routing "secret_file" (printf "/etc/expertmesh/secret/%s" .Values.clusterSecret.key) -}}
 {{- end -}}
 {{- $_ := set $mesh "routing" $routing -}}
+{{- if .Values.apiKeys.existingSecret -}}
+{{- $ingress := default dict $mesh.ingress -}}
+{{- if not (hasKey $ingress "keys_file") -}}
+{{- $_ := set $ingress "keys_file" (printf "/etc/expertmesh/api-keys/%s" .Values.apiKeys.key) -}}
+{{- end -}}
+{{- $_ := set $mesh "ingress" $ingress -}}
+{{- end -}}
+{{- if include "expertmesh.kvStoreSecretName" . -}}
+{{- $store := default dict $mesh.kv_store -}}
+{{- if .Values.kvStore.useValkey }}{{ $_ := set $store "url" (printf "redis://%s:6379" (include "expertmesh.valkeyName" .)) }}{{ end -}}
+{{- $_ := set $store "password_file" "/etc/expertmesh/kv-store/password" -}}
+{{- $_ := set $mesh "kv_store" $store -}}
+{{- end -}}
 {{- range $side := include "expertmesh.sides" . | splitList " " -}}
 {{- $section := default dict (get $mesh $side) -}}
 {{- $resources := default dict $section.resources -}}
@@ -15,6 +28,33 @@
 {{- $_ := set $mesh $side $section -}}
 {{- end -}}
 {{- toYaml $mesh -}}
+{{- end -}}
+
+{{/* Secret with the password of the KV store; empty: it has none. */}}
+{{- define "expertmesh.kvStoreSecretName" -}}
+{{- if .Values.kvStore.useValkey }}{{ include "expertmesh.valkeySecretName" . }}{{ else }}{{ .Values.kvStore.existingSecret }}{{ end -}}
+{{- end -}}
+
+{{/* Fails for a KV store that can't be what the values say. */}}
+{{- define "expertmesh.checkStore" -}}
+{{- $url := dig "kv_store" "url" "off" .Values.mesh | toString -}}
+{{- if or (eq $url "embedded") (hasPrefix "unix:" $url) -}}
+{{- fail (printf "mesh.kv_store.url: %s is on one machine; name a server, or use kvStore.useValkey" $url) -}}
+{{- end -}}
+{{- with .Values.kvStore -}}
+{{- if .useValkey -}}
+{{- $policy := $.Values.valkey.maxMemoryPolicy -}}
+{{- if not $.Values.valkey.enabled }}{{ fail "kvStore.useValkey: needs valkey.enabled" }}{{ end -}}
+{{- if not (has $url (list "off" "false")) }}{{ fail (printf "kvStore.useValkey: mesh.kv_store.url is %s already" $url) }}{{ end -}}
+{{- if .existingSecret }}{{ fail "kvStore.existingSecret: the chart's Valkey has a password already; it is for a server of your own" }}{{ end -}}
+{{- if eq $policy "noeviction" }}{{ fail "valkey.maxMemoryPolicy: noeviction takes no new KV blocks when memory is full; use volatile-lru" }}{{ end -}}
+{{- if and (hasPrefix "allkeys" $policy) $.Values.ray.gcsFaultTolerance.enabled (not $.Values.ray.gcsFaultTolerance.externalAddress) -}}
+{{- fail (printf "valkey.maxMemoryPolicy: %s would drop the head's state; use volatile-lru" $policy) -}}
+{{- end -}}
+{{- else if and .existingSecret (has $url (list "off" "false")) -}}
+{{- fail "kvStore.existingSecret: a password without a store; set mesh.kv_store.url" -}}
+{{- end -}}
+{{- end -}}
 {{- end -}}
 
 {{/* Sides that the mesh has replicas of. */}}
@@ -84,6 +124,8 @@ applications:
 {{- $needed := 1 -}}
 {{- if eq $side "experts" -}}
 {{- $needed = dig "experts" "shards" 2 $.Values.mesh | int -}}
+{{- $scaling := dig "autoscaling" "experts" dict $.Values.mesh -}}
+{{- if $scaling }}{{ $needed = int $scaling.max_shards }}{{ end -}}
 {{- else -}}
 {{- $needed = dig "attention" "replicas" 1 $.Values.mesh | int -}}
 {{- $scaling := dig "autoscaling" "attention" dict $.Values.mesh -}}

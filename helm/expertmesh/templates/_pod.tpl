@@ -5,6 +5,19 @@
   secret:
     secretName: {{ include "expertmesh.secretName" .root }}
     defaultMode: 0440
+{{- with $values.apiKeys.existingSecret }}
+- name: api-keys
+  secret:
+    secretName: {{ . }}
+    defaultMode: 0440
+{{- end }}
+{{- with include "expertmesh.kvStoreSecretName" .root }}
+- name: kv-store
+  secret:
+    secretName: {{ . }}
+    defaultMode: 0440
+    items: [{key: password, path: password}]
+{{- end }}
 - name: cache
   emptyDir:
     sizeLimit: {{ $values.storage.cacheSize }}
@@ -41,6 +54,16 @@
 - name: cluster-secret
   mountPath: /etc/expertmesh/secret
   readOnly: true
+{{- if $values.apiKeys.existingSecret }}
+- name: api-keys
+  mountPath: /etc/expertmesh/api-keys
+  readOnly: true
+{{- end }}
+{{- if include "expertmesh.kvStoreSecretName" .root }}
+- name: kv-store
+  mountPath: /etc/expertmesh/kv-store
+  readOnly: true
+{{- end }}
 - name: cache
   mountPath: /var/cache/expertmesh
 - name: ray
