@@ -1,6 +1,6 @@
 """The store of KV blocks that attention replicas share: client, keys, codec, what guards requests, embedded server.
 
-Knows nothing of Ray, HTTP or vLLM. `kv_store.url` accepts only `off` so far: no tier of vLLM uses it yet.
+Knows nothing of Ray or HTTP, and but for `tier`, which puts it under vLLM's KV cache, nothing of vLLM.
 """
 
 from expertmesh.kv_store.client import StoreClient

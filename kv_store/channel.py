@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import socket
 import ssl
+import struct
 import time
 from collections.abc import Iterator, Sequence
 
@@ -24,6 +25,9 @@ _LINE_BYTES = 4096
 _WINDOW_BYTES = 8 << 20
 """Values that the server may have to hold ready for us."""
 _MAX_PARTS = 64
+_TIMEVAL = struct.Struct("@ll")
+_LEAST_S = 1e-5
+"""Less than this is no time: to the kernel 0 is no limit."""
 _MAX_STRAY_BYTES = 64 << 20
 """A value of an unexpected size is read and thrown away up to this, so that the connection can go on."""
 
@@ -44,7 +48,9 @@ class Channel:
 
     def __init__(self, sock: socket.socket) -> None:
         self._sock = sock
-        self._gathers = not isinstance(sock, ssl.SSLSocket)
+        self._plain = not isinstance(sock, ssl.SSLSocket)
+        if self._plain:
+            sock.setblocking(True)
         self._buffer = bytearray(_LINE_BYTES)
         self._view = memoryview(self._buffer)
         self._low = self._high = 0
@@ -164,13 +170,13 @@ class Channel:
         target[:got] = self._view[self._low : self._low + got]
         self._low += got
         while got < len(target):
-            got += self._receive(target[got:])
+            got += self._receive(target[got:], socket.MSG_WAITALL if self._plain else 0)
 
-    def _receive(self, target: memoryview) -> int:
-        self._limit()
+    def _receive(self, target: memoryview, flags: int = 0) -> int:
+        self._limit(socket.SO_RCVTIMEO)
         try:
-            got = self._sock.recv_into(target)
-        except TimeoutError:
+            got = self._sock.recv_into(target, 0, flags)
+        except (TimeoutError, BlockingIOError):
             raise self._late() from None
         except OSError as error:
             raise StoreClosed(f"the connection broke: {error}") from error
@@ -182,13 +188,13 @@ class Channel:
     def _send(self, parts: list[memoryview]) -> None:
         first = 0
         while first < len(parts):
-            self._limit()
+            self._limit(socket.SO_SNDTIMEO)
             try:
-                if self._gathers:
+                if self._plain:  # TLS has no gathering write
                     sent = self._sock.sendmsg(parts[first : first + _MAX_PARTS])
-                else:  # TLS has no gathering write
+                else:
                     sent = self._sock.send(parts[first])
-            except TimeoutError:
+            except (TimeoutError, BlockingIOError):
                 raise self._late() from None
             except OSError as error:
                 raise StoreClosed(f"the connection broke: {error}") from error
@@ -198,11 +204,15 @@ class Channel:
             if sent:
                 parts[first] = parts[first][sent:]
 
-    def _limit(self) -> None:
+    def _limit(self, option: int) -> None:
+        """Bounds the next call. The kernel keeps the time: Python's own timeout costs two more calls each time."""
         left = self._deadline - time.monotonic()
-        if left <= 0:
+        if left < _LEAST_S:
             raise self._late()
-        self._sock.settimeout(left)
+        if self._plain:
+            self._sock.setsockopt(socket.SOL_SOCKET, option, _TIMEVAL.pack(int(left), int(left % 1 * 1e6)))
+        else:
+            self._sock.settimeout(left)
 
     def _late(self) -> StoreTimeout:
         return StoreTimeout("the server did not answer in time", self._progress)

@@ -57,14 +57,15 @@ class EmbeddedServer:
     """Starts the server and waits until it answers; it ends with `close` or with this process, however that ends.
 
     `budget_bytes` is for the server's process: values are dropped, least recently used first, to stay within it.
-    Raises StoreClosed if it doesn't start, ConfigError if there is none. A server that ended by itself isn't started
-    again: the store is then away.
+    `password` is random by default. `link` is made a symbolic link to the server's folder, with its `socket`, for as
+    long as the server lives; one of an older server is replaced. Raises StoreClosed if it doesn't start, ConfigError if
+    there is none. A server that ended by itself isn't started again: the store is then away.
     """
 
-    def __init__(self, budget_bytes: int) -> None:
+    def __init__(self, budget_bytes: int, password: str | None = None, link: Path | None = None) -> None:
         binary = server_binary()
         self._folder = Path(tempfile.mkdtemp(prefix="expertmesh-kv-"))
-        password = secrets.token_hex(32)
+        password = password or secrets.token_hex(32)
         self.settings = StoreSettings(Endpoint(path=str(self._folder / "socket")), password=password)
         """How clients on this machine reach it."""
         self._guard = subprocess.Popen(
@@ -75,11 +76,14 @@ class EmbeddedServer:
             "binary": str(binary),
             "folder": str(self._folder),
             "config": _config(self._folder / "socket", password, budget_bytes),
+            "link": None if link is None else str(link),
         }
         try:
             self._guard.stdin.write(json.dumps(task).encode() + b"\n")
             self._guard.stdin.flush()
             self._wait_until_it_answers()
+            if link is not None:
+                self._point(link)
         except BaseException:
             self.close()
             raise
@@ -109,6 +113,12 @@ class EmbeddedServer:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+    def _point(self, link: Path) -> None:
+        link.parent.mkdir(parents=True, exist_ok=True)
+        draft = link.with_name(f".{link.name}-{os.getpid()}")
+        draft.symlink_to(self._folder)
+        draft.replace(link)
 
     def _wait_until_it_answers(self) -> None:
         endpoint, credentials = self.settings.endpoint, provider_of(self.settings)

@@ -27,6 +27,10 @@ class TimeByLength:
         point.tokens += _WEIGHT * (tokens - point.tokens)
         point.seconds += _WEIGHT * (seconds - point.seconds)
 
+    def put(self, tokens: int, seconds: float) -> None:
+        """A measurement beside which those before it count for nothing."""
+        self._points[tokens.bit_length()] = _Point(tokens, seconds)
+
     def expected_s(self, tokens: int) -> float | None:
         """Seconds for that length; None before the first measurement.
 
@@ -51,7 +55,8 @@ class BreakEvenGate:
     """Pure: `now` is the caller's clock in seconds. Not safe for concurrent use.
 
     As long as either side wasn't measured the answer is yes. After a no, one fetch for each class of length is let
-    through every `probe_interval_s`, so that a store that got faster is found out.
+    through every `probe_interval_s`; what it takes replaces what was known, so that a store that got faster is used
+    again at once. So does a fetch that was given up: the next request need not pay for it too.
     """
 
     probe_interval_s: float = 30.0
@@ -60,8 +65,15 @@ class BreakEvenGate:
     _probe_at: dict[int, float] = field(default_factory=dict)
 
     def fetched(self, tokens: int, seconds: float) -> None:
-        """A prefix of that length was fetched; one that was given up counts with what it would have taken at least."""
-        self._fetch.add(tokens, seconds)
+        """A prefix of that length was fetched."""
+        if tokens.bit_length() in self._probe_at:
+            self._fetch.put(tokens, seconds)
+        else:
+            self._fetch.add(tokens, seconds)
+
+    def gave_up(self, tokens: int, seconds: float) -> None:
+        """Fetching a prefix of that length was given up; it would have taken so long at least."""
+        self._fetch.put(tokens, seconds)
 
     def computed(self, tokens: int, seconds: float) -> None:
         """A prompt of that length was computed: from its turn to its first token."""

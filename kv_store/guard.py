@@ -1,10 +1,12 @@
 """Runs an embedded server for as long as its owner lives. A script of its own: it imports nothing but the library.
 
-    python -I guard.py OWNER_PID     and on standard input one line of JSON: {"binary", "folder", "config"}
+    python -I guard.py OWNER_PID
 
-The server ends, and its folder goes, as soon as the owner closes our standard input or is gone, `kill -9` included
-(a pidfd tells, even if a child of the owner holds the pipe open). If we are killed ourselves the kernel ends the
-server (PR_SET_PDEATHSIG).
+and on standard input one line of JSON: {"binary", "folder", "config", "link"}
+
+The server ends, and its folder and the link to that go, as soon as the owner closes our standard input or is gone,
+`kill -9` included (a pidfd tells, even if a child of the owner holds the pipe open). If we are killed ourselves the
+kernel ends the server (PR_SET_PDEATHSIG).
 """
 
 from __future__ import annotations
@@ -53,6 +55,9 @@ def main() -> int:
     server.kill()
     server.wait()
     shutil.rmtree(folder, ignore_errors=True)
+    link = Path(task["link"] or os.devnull)
+    if link.is_symlink() and link.readlink() == folder:
+        link.unlink()
     return 0
 
 

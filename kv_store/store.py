@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from expertmesh.errors import ConfigError
-from expertmesh.kv_store.channel import Reply
+from expertmesh.kv_store.channel import Buffers, Reply
 from expertmesh.kv_store.client import StoreClient
 from expertmesh.kv_store.codec import HEADER_BYTES, Verdict, judge, judge_length, seal
 from expertmesh.kv_store.errors import StoreError, StoreRefused, StoreSkipped, StoreTimeout
@@ -103,8 +103,8 @@ class BlockStore:
     def load(self, blocks: Sequence[Block], tenant: str, tokens: int) -> list[bool]:
         """Reads blocks, which hold a prefix of that many tokens, into their memory: which of them are sound.
 
-        Takes the load timeout at most, and no longer than computing the prefix would take. The memory of the other
-        blocks may hold anything.
+        Takes the load timeout at most, and no longer than computing the prefix would take; if the first block takes
+        more than its part of computing, the others aren't asked for. The memory of the other blocks may hold anything.
         """
         if not blocks:
             return []
@@ -113,11 +113,15 @@ class BlockStore:
         headers = [memoryview(bytearray(HEADER_BYTES)) for _ in blocks]
         with self._lock:
             budget_s = self._gate.budget_s(tokens)
-        timeout_s = min(self._limits.load_timeout_s, budget_s or self._limits.load_timeout_s)
+        timeout_s = share_s = self._limits.load_timeout_s
+        if budget_s is not None:
+            timeout_s = min(timeout_s, budget_s)
+            share_s = max(timeout_s / len(blocks), min(timeout_s, self._limits.lookup_timeout_s))
         begin = time.monotonic()
-        replies = self._client.get(
+        replies = self._fetch(
             [(key, (header, memory)) for key, header, (_, memory) in zip(named, headers, blocks, strict=True)],
             timeout_s,
+            share_s,
         )
         took_s = time.monotonic() - begin
         verdicts = [
@@ -129,7 +133,7 @@ class BlockStore:
             if all(sound):
                 self._gate.fetched(tokens, took_s)
             elif any(isinstance(reply, StoreTimeout) for reply in replies):
-                self._gate.fetched(tokens, max(took_s, timeout_s) * _GIVEN_UP)
+                self._gate.gave_up(tokens, max(took_s, timeout_s) * _GIVEN_UP)
             self._counts.update(f"load_{verdict.value}" for verdict in verdicts if verdict is not None)
             self._counts["loaded_bytes"] += sum(
                 len(memory) for ok, (_, memory) in zip(sound, blocks, strict=True) if ok
@@ -162,6 +166,15 @@ class BlockStore:
             job.done([False] * len(job.blocks))
         for writer in self._writers:
             writer.join()
+
+    def _fetch(self, items: list[tuple[bytes, Buffers]], timeout_s: float, share_s: float) -> list[Reply]:
+        """The first one alone, within `share_s`: a server that is too slow is found out by it."""
+        begin = time.monotonic()
+        replies = self._client.get(items[:1], share_s)
+        if isinstance(replies[0], StoreTimeout):
+            return replies * len(items)
+        rest = items[1:]
+        return replies + self._client.get(rest, timeout_s - (time.monotonic() - begin)) if rest else replies
 
     @staticmethod
     def _verdict(reply: Reply, key: bytes, origin: bytes, header: memoryview, memory: memoryview) -> Verdict | None:

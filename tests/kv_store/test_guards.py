@@ -144,10 +144,20 @@ def test_a_closed_gate_lets_a_probe_through_and_opens_when_the_store_got_faster(
     gate.fetched(1000, 2.0)
     answers = [gate.worthwhile(1000, now) for now in (0, 5, 9.9, 10, 11, 19, 20)]
     assert answers == [False, False, False, True, False, False, True]
-    for _ in range(10):
-        gate.fetched(1000, 0.1)
+    gate.fetched(1000, 0.1)
     assert gate.worthwhile(1000, 21)
     assert gate.worthwhile(1000, 22)
+
+
+def test_one_fetch_that_was_given_up_closes_a_gate() -> None:
+    gate = BreakEvenGate(probe_interval_s=10)
+    gate.computed(1000, 1.0)
+    for _ in range(10):
+        gate.fetched(1000, 0.1)
+    gate.gave_up(1000, 2.0)
+    assert not gate.worthwhile(1000, 0)
+    gate.computed(1000, 1.0)
+    assert gate.worthwhile(1000, 10)
 
 
 def test_a_full_queue_drops_the_new_job_and_counts_what_is_under_way() -> None:

@@ -145,6 +145,22 @@ def test_a_hung_server_is_a_miss_and_costs_one_timeout(server: Server, new_store
     server.resume()
 
 
+def test_a_first_block_that_is_late_ends_the_load_and_closes_the_gate(server: Server, new_store: NewStore) -> None:
+    store, blocks = new_store(), blocks_of(4)
+    stored(store, blocks)
+    assert loaded(store, list(blocks)) == list(blocks.values())
+    store.computed(128 * 4, PATIENCE_S)
+    impatient = new_store(limits=replace(PATIENT, lookup_timeout_s=0.1))
+    impatient.computed(128 * 4, 0.4)
+    server.pause()
+    assert loaded(impatient, list(blocks)) == [None] * 4
+    server.resume()
+    counts = impatient.counts()
+    assert (counts["timed_out"], counts.get("skipped", 0)) == (4, 0), "the others would have been skipped"
+    assert not impatient.worthwhile(128 * 4)
+    assert store.worthwhile(128 * 4)
+
+
 def test_a_dead_server_is_a_miss(server: Server, new_store: NewStore) -> None:
     store, blocks = new_store(), blocks_of(2)
     stored(store, blocks)
@@ -152,7 +168,7 @@ def test_a_dead_server_is_a_miss(server: Server, new_store: NewStore) -> None:
     assert loaded(store, list(blocks)) == [None, None]
     assert stored(store, blocks) == [False, False]
     counts = store.counts()
-    assert (counts["broken"], counts["skipped"]) == (2, 2)
+    assert (counts["broken"], counts["skipped"]) == (1, 3)
 
 
 def test_a_full_server_refuses_and_reads_go_on(new_store: NewStore, settings: StoreSettings) -> None:
