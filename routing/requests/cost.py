@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Self
 
 from expertmesh.errors import ConfigError
+
+_REQUEST_PER_PROMPT = 1 / 8
+"""`request_blocks` over the mean length of prompts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,8 +28,10 @@ class CostModel:
     B holds none and is idle. A costs 0.5 * (3 * 4 + 0.1 * 50) + 10 = 18.5, B costs 40: A takes it. With 20 requests of
     12 blocks A would cost 0.5 * (3 * 20 + 0.1 * 240) + 10 = 52: B takes it, and holds the prefix too from then on.
 
-    The defaults come from `benchmarks.prefix_routing` with 8 replicas, on Mooncake's synthetic trace and on traces of
-    conversations, documents and tools; from 2 to 4 a request and from 0 to 0.2 a block the results change little.
+    The weights come from `benchmarks.prefix_routing` with 8 replicas, on Mooncake's synthetic trace and on traces of
+    conversations, documents and tools, whose prompts have 18 to 31 blocks on average; from 2 to 4 a request and from 0
+    to 0.2 a block the results change little. Where prompts are shorter, or blocks larger, a request is less of a
+    backlog: `for_prompts_of` keeps the proportion.
     """
 
     backlog_weight: float = 0.5
@@ -33,6 +39,11 @@ class CostModel:
     queued_block: float = 0.1
     store_block: float = 0.5
     """Fetching a block from the KV store, relative to computing it: from 0, as good as a hit, to 1, no gain."""
+
+    @classmethod
+    def for_prompts_of(cls, blocks: float) -> Self:
+        """The weights where prompts have that many blocks on average; a request counts an eighth of a prompt."""
+        return cls(request_blocks=blocks * _REQUEST_PER_PROMPT)
 
     def __post_init__(self) -> None:
         """Raises ConfigError for a weight that would turn the order around."""

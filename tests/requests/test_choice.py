@@ -5,7 +5,7 @@ from __future__ import annotations
 from itertools import count
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from expertmesh.errors import ConfigError
@@ -13,7 +13,7 @@ from expertmesh.routing.requests import Cleared, CostModel, Event, EventBatch, R
 
 
 def choice_of(*replicas: str, costs: CostModel | None = None) -> ReplicaChoice:
-    choice = ReplicaChoice(costs)
+    choice = ReplicaChoice(costs or CostModel())
     for replica in replicas:
         choice.add(replica)
     return choice
@@ -176,6 +176,7 @@ def test_no_replica_is_an_empty_ranking() -> None:
     assert ReplicaChoice().rank(PROMPT) == ()
 
 
+@settings(deadline=None)
 @given(
     operations=st.lists(
         st.tuples(st.sampled_from("abc"), st.lists(st.integers(0, 9), min_size=1, max_size=5, unique=True)), max_size=30
@@ -193,7 +194,7 @@ def test_the_same_calls_give_the_same_ranking_and_nothing_is_left_in_the_end(
     assert one.rank(range(5)) == two.rank(range(5))
     for number in range(len(operations)):
         one.finished(str(number))
-    assert one.rank(range(5)) == choice_of(*"abc").rank(range(5))
+    assert {r.replica: r for r in one.rank(range(5))} == {r.replica: r for r in choice_of(*"abc").rank(range(5))}
 
 
 @pytest.mark.parametrize(
@@ -208,3 +209,48 @@ def test_the_same_calls_give_the_same_ranking_and_nothing_is_left_in_the_end(
 def test_a_weight_that_means_nothing_is_refused(changes: dict[str, float], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         CostModel(**changes)
+
+
+def test_a_request_is_a_part_of_a_prompt_whatever_its_length() -> None:
+    """The same prompts in blocks of a quarter: four times the blocks, and the same ranking all along."""
+    coarse, fine = ReplicaChoice(), ReplicaChoice()
+    for choice in (coarse, fine):
+        choice.add("a")
+        choice.add("b")
+    for i in range(40):
+        prompt = [*range(6), *range(100 * i + 100, 100 * i + 100 + i % 7)]
+        quarters = [4 * block + part for block in prompt for part in range(4)]
+        ranked, finer = coarse.rank(prompt), fine.rank(quarters)
+        assert [rank.replica for rank in ranked] == [rank.replica for rank in finer]
+        if i:
+            assert [4 * rank.score for rank in ranked] == pytest.approx([rank.score for rank in finer])
+        coarse.routed(str(i), ranked[0].replica, prompt)
+        fine.routed(str(i), finer[0].replica, quarters)
+    assert CostModel.for_prompts_of(24) == CostModel()
+
+
+def test_a_stored_last_block_ends_the_prefill() -> None:
+    choice = choice_of("a", "b", costs=CostModel(backlog_weight=1, request_blocks=3, queued_block=1))
+    for name in ("x", "y"):
+        choice.routed(name, "a", PROMPT)
+    choice.routed("z", "a", (*PROMPT, 41))
+    tell(choice, "a", 0, Stored(PROMPT[:-1]))
+    assert choice.rank((99,))[1].score == 9 + len(PROMPT) + 1 + 1, "the last blocks are still to come"
+    tell(choice, "a", 1, Stored(PROMPT[-1:]))
+    assert choice.rank((99,))[1].score == 9 + 1 + 1, "x is computed, and y with it; z is not"
+    choice.first_token("x")
+    for name in ("x", "y", "z"):
+        choice.finished(name)
+    assert choice.rank((99,))[1].score == 1
+
+
+def test_without_anything_to_tell_them_apart_replicas_take_turns() -> None:
+    choice = choice_of("a", "b", "c")
+    took = []
+    for i in range(4):
+        took.append(best(choice, ()))
+        choice.routed(str(i), took[-1], ())
+        choice.finished(str(i))
+    choice.add("new")
+    assert "".join(took) == "abca"
+    assert [rank.replica for rank in choice.rank(())] == ["new", "b", "c", "a"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
@@ -95,6 +95,7 @@ class IndexAgainstSets(RuleBasedStateMachine):
 
 
 TestIndexAgainstSets = IndexAgainstSets.TestCase
+TestIndexAgainstSets.settings = settings(deadline=None)
 
 
 def test_a_replica_is_added_once() -> None:
@@ -104,6 +105,7 @@ def test_a_replica_is_added_once() -> None:
         index.add("a")
 
 
+@settings(deadline=None)
 @given(names=st.lists(st.text(max_size=4), min_size=1, max_size=80, unique=True))
 def test_any_number_of_replicas(names: list[str]) -> None:
     index = PrefixIndex()
