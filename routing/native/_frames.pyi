@@ -119,7 +119,7 @@ class ServerStream:
     def receive(self) -> bool | None:
         """Reads what is there: True if a whole frame is at hand, None if what came is no frame that this side takes.
 
-        Raises OSError if the client is gone.
+        Raises OSError if the client is gone, or no memory is left for its frame (ENOMEM).
         """
 
     def answer(self, owner: object, y: int, epoch: int, computed_us: int, waited_us: int, /) -> None:
@@ -141,4 +141,4 @@ def parse_header(
     data: bytes | bytearray | memoryview, max_rows: int, max_bytes: int, max_pairs_per_row: int, /
 ) -> tuple[int, int, int, int, int, int, int, int, int, int] | None:
     """(kind, dtype, layer, rows, pairs, width, epoch, frame, u32 at 40, u32 at 44), or None where the specification's
-    `parse_header` refuses. For tests."""
+    `parse_header` refuses, and for bodies of 2**62 bytes and more under any limit. For tests."""

@@ -108,7 +108,7 @@ static ssize_t read_some(const ServerStream *stream, size_t missing)
 }
 
 /* receive() -> True: a whole frame is at hand; False: not yet; None: what came is no frame for this shard.
-   Raises OSError, ConnectionResetError if the client closed. */
+   Raises OSError: ConnectionResetError if the client closed, ENOMEM if no memory is left for the frame. */
 static PyObject *stream_receive(ServerStream *stream, PyObject *ignored)
 {
     (void)ignored;
@@ -124,8 +124,13 @@ static PyObject *stream_receive(ServerStream *stream, PyObject *ignored)
         case NOT_A_FRAME:
             Py_RETURN_NONE;
         case NEEDS_ROOM:
-            if (!grow(stream, need))
-                return NULL;
+            if (!grow(stream, need)) {
+                if (!PyErr_ExceptionMatches(PyExc_MemoryError))
+                    return NULL;
+                PyErr_Clear(); /* the frame's length is the client's doing, and concerns its connection only */
+                errno = ENOMEM;
+                return PyErr_SetFromErrno(PyExc_OSError);
+            }
             break;
         case NOTHING_YET:
             break;
