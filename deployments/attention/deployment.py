@@ -7,15 +7,22 @@ import json
 import logging
 import os
 from collections.abc import AsyncIterator
-from typing import Any
+from typing import Any, NoReturn
 
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 from vllm.v1.engine import EngineCoreOutput, EngineCoreRequest
+from vllm.v1.engine.exceptions import EngineDeadError
 
 from expertmesh.deployments.attention.engine import Engine, engine_arguments
 from expertmesh.deployments.messages import AttentionReport
-from expertmesh.deployments.runtime import node_id, prepare_replica, secret_path
+from expertmesh.deployments.requests.feed import KVEventFeed
+from expertmesh.deployments.requests.follower import Source
+from expertmesh.deployments.requests.settings import feed_addresses, routes_by_prefix
+from expertmesh.deployments.runtime import mesh_secret, node_id, prepare_replica, secret_path
+from expertmesh.errors import Unavailable
+from expertmesh.kv_store.configured import REPORT_NAME as KV_STORE_REPORT
+from expertmesh.kv_store.configured import tier_arguments
 from expertmesh.platform.checkpoints import checkpoint_revision, expert_layout, open_checkpoint
 from expertmesh.platform.checkpoints.source import model_folder
 from expertmesh.platform.config import MeshConfig
@@ -46,10 +53,13 @@ class AttentionReplica:
         self._mailbox = Mailbox.create()
         self._loads: LoadCounters | None = None
         self._tasks: list[asyncio.Task[None]] = []
+        self._feed = KVEventFeed(self._mailbox.folder) if routes_by_prefix(config) else None
         # For the engine's processes: whom to follow into death, and where their sockets are swept up.
         os.environ[OWNER_VARIABLE] = str(os.getpid())
         os.environ["VLLM_RPC_BASE_PATH"] = str(self._mailbox.folder)
-        folder = await asyncio.to_thread(model_folder, config.model)
+        # An engine that holds the experts itself loads by vLLM's own loader (or its hardware plugin's), from files.
+        colocated = config.experts.mode == "colocated"
+        folder = await asyncio.to_thread(model_folder, config.model, whole=colocated)
         mesh = None
         loop = asyncio.get_running_loop()
         if config.experts.mode == "mesh":
@@ -64,7 +74,16 @@ class AttentionReplica:
             self._tasks.append(loop.create_task(self._follow_placement()))
         self._tasks.append(loop.create_task(self._report_forever()))
         try:
-            self._engine = await asyncio.to_thread(Engine, engine_arguments(config, folder, mesh))
+            arguments = engine_arguments(config, folder, mesh)
+            if self._feed is not None:
+                arguments.update(self._feed.engine_arguments)
+            if config.kv_store.url != "off":
+                weights = checkpoint_revision(open_checkpoint(folder))
+                arguments.update(tier_arguments(config, mesh_secret(config), weights, self._mailbox.folder))
+            self._engine = await asyncio.to_thread(Engine, arguments, config.attention.inactivity_timeout_s)
+            if self._feed is not None:
+                block_tokens = self._engine.config.cache_config.block_size
+                self._feed.serve(self._id, mesh_secret(config), feed_addresses(config, self._id), block_tokens)
         except BaseException:
             self._close()
             raise
@@ -79,23 +98,46 @@ class AttentionReplica:
             "transport": routing.transport,
             "limits": {"max_rows": routing.max_frame_rows, "max_bytes": routing.max_frame_mib << 20},
             "frame_deadline_s": routing.frame_deadline_ms / 1000,
+            "hedge_after_s": routing.hedge_after_ms / 1000,
+            "hedge_service_times": routing.hedge_service_times,
             "connect_timeout_s": routing.connect_timeout_s,
             "unavailable_timeout_s": routing.unavailable_timeout_s,
         }
 
     async def generate(self, request: EngineCoreRequest) -> AsyncIterator[list[EngineCoreOutput]]:
-        """Streams the engine's outputs for one request; a caller that goes away aborts it."""
+        """Streams the engine's outputs for one request (Engine.generate); a caller that goes away aborts it.
+
+        If the engine is gone or hangs, so is this process.
+        """
         assert self._engine is not None, "Serve sends requests only when __init__ is done"
-        async for outputs in self._engine.generate(request):
-            yield outputs
+        try:
+            async for outputs in self._engine.generate(request):
+                yield outputs
+        except (EngineDeadError, Unavailable) as error:
+            self._die(error)
+
+    def record_replica_metadata(self) -> dict[str, Any]:
+        """Tells Serve's routers where this replica's KV events are to be had."""
+        return {} if self._feed is None else Source(self._node, self._feed.addresses).to_metadata()
 
     def check_health(self) -> None:
-        """Raises if the engine is dead, so that Serve replaces the replica."""
+        """Raises if a task of the replica failed, so that Serve replaces it. Ends this process with its engine."""
         for task in self._tasks:
             if task.done():
                 task.result()
         if self._engine is not None:
-            self._engine.check()
+            try:
+                self._engine.check()
+            except Unavailable as error:
+                self._die(error)
+
+    def _die(self, reason: Exception) -> NoReturn:
+        """Ends the process. Serve's routers leave a dead process out at once, one that only refuses requests later."""
+        log.error("replica %s ends: %s", self._id, reason)
+        if self._engine is not None:
+            self._engine.kill()
+        self._mailbox.close()
+        os._exit(1)
 
     async def _follow_placement(self) -> None:
         while True:
@@ -119,10 +161,13 @@ class AttentionReplica:
     async def _report(self) -> None:
         stats: dict[str, Any] = {}
         if self._loads is not None:
-            stats = {"dispatch": self._loads.as_dict()}
+            stats = {"dispatch": self._loads.as_dict(), "down": self._mailbox.trouble()}
             loaded = self._mailbox.folder / REPORT_NAME
             if loaded.exists():
                 stats["loaded"] = json.loads(loaded.read_text())
+        stored = self._mailbox.folder / KV_STORE_REPORT
+        if stored.exists():
+            stats["kv_store"] = json.loads(stored.read_text())
         report = AttentionReport(
             replica=self._id,
             node=self._node,
@@ -140,6 +185,8 @@ class AttentionReplica:
     def _close(self) -> None:
         for task in self._tasks:
             task.cancel()
+        if self._feed is not None:
+            self._feed.close()
         if self._engine is not None:
             self._engine.shutdown()
             self._engine = None

@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
 from vllm import AsyncEngineArgs
-from vllm.config import VllmConfig
+from vllm.config import KVTransferConfig, VllmConfig
 from vllm.platforms import current_platform
 from vllm.v1.engine import EngineCoreOutput, EngineCoreRequest
 from vllm.v1.engine.core_client import EngineCoreClient
 from vllm.v1.engine.exceptions import EngineDeadError
 from vllm.v1.executor import Executor
 
+from expertmesh.deployments.attention.known_faults import refuse_known_faults
+from expertmesh.deployments.attention.known_tokens import let_force
+from expertmesh.errors import Unavailable
+from expertmesh.kv_store.tier.connector import refuse_unsafe
 from expertmesh.platform.config import MeshConfig
-from expertmesh.routing.vllm_plugin import CPU_EXECUTOR, LOAD_FORMAT, MeshSettings
+from expertmesh.routing.vllm_plugin import CPU_EXECUTOR, LOAD_FORMAT, SCHEDULER, MeshSettings
 
 
 def engine_arguments(config: MeshConfig, folder: Path, mesh: MeshSettings | None) -> dict[str, Any]:
@@ -43,22 +48,43 @@ def engine_arguments(config: MeshConfig, folder: Path, mesh: MeshSettings | None
         arguments["distributed_executor_backend"] = CPU_EXECUTOR
     if mesh is not None:
         arguments["load_format"] = LOAD_FORMAT
+        arguments["scheduler_cls"] = SCHEDULER
         arguments["additional_config"] = mesh.to_additional_config()
     return {**arguments, **attention.engine_args}
+
+
+_SIGNS_OF_LIFE = 4
+"""In the time after which silence is taken for death."""
 
 
 class Engine:
     """A vLLM engine core in a process of its own: requests in, their outputs out, no text anywhere."""
 
-    def __init__(self, arguments: dict[str, Any]) -> None:
-        """Starts the process and waits until it serves (25 to 60 s on CPU): not for an event loop's thread."""
+    def __init__(self, arguments: dict[str, Any], inactivity_s: float) -> None:
+        """Starts the process and waits until it serves (25 to 60 s on CPU): not for an event loop's thread.
+
+        inactivity_s: an engine that has requests and no output for any of them for this long is taken for dead.
+        """
+        if (transfer := arguments.get("kv_transfer_config")) is not None:
+            arguments = {**arguments, "kv_transfer_config": KVTransferConfig(**transfer)}
         self.config: VllmConfig = AsyncEngineArgs(**arguments).create_engine_config()
+        refuse_known_faults(self.config)
+        if transfer is not None:
+            refuse_unsafe(self.config)
+        let_force(self.config)
+        self._inactivity_s = inactivity_s
         self._core: Any = EngineCoreClient.make_async_mp_client(
             self.config, Executor.get_class(self.config), log_stats=False
         )
         self._streams: dict[str, asyncio.Queue[EngineCoreOutput | BaseException]] = {}
         self._pump: asyncio.Task[None] | None = None
         self._failure: BaseException | None = None
+        self._outputs = 0
+        """Taken from the engine so far, for any request."""
+        self._quiet_since = 0.0
+        """Since when it has had requests and given no output."""
+        self._hangs = False
+        """A request gave up after `inactivity_s` without any output."""
 
     @property
     def running(self) -> int:
@@ -70,26 +96,45 @@ class Engine:
         """The engine's processes."""
         return [process.pid for process in self._core.resources.engine_manager.processes]
 
+    @property
+    def _quiet_s(self) -> float:
+        return time.monotonic() - self._quiet_since
+
     def check(self) -> None:
-        """Raises EngineDeadError if the engine's process is gone."""
+        """Raises Unavailable if the engine's process is gone or hangs."""
         if self._failure is not None or self._core.resources.engine_dead:
-            raise EngineDeadError from self._failure
+            raise Unavailable("the engine of this attention replica is gone") from self._failure
+        if self._hangs or (self._streams and self._quiet_s >= self._inactivity_s):
+            raise Unavailable(f"the engine of this attention replica gave no output for {self._inactivity_s:g} s")
 
     async def generate(self, request: EngineCoreRequest) -> AsyncIterator[list[EngineCoreOutput]]:
         """The outputs of one request, those that wait together in one list; aborts it if the caller stops early.
 
-        Raises EngineDeadError if the engine dies on the way.
+        The first list is empty: the engine has taken the request. Later empty ones are signs of life, given while the
+        engine works for others and this request waits. Raises Unavailable if the engine is gone before that, and
+        EngineDeadError if it dies on the way.
         """
         if self._pump is None:
             self._pump = asyncio.get_running_loop().create_task(self._distribute())
         self.check()
         request = copy.copy(request)
+        if not self._streams:
+            self._quiet_since = time.monotonic()
         stream = self._streams[request.request_id] = asyncio.Queue()
         finished = False
+        outputs_before = self._outputs
         try:
             await self._core.add_request_async(request)
+            yield []
             while not finished:
-                outputs = [await stream.get()]
+                try:
+                    async with asyncio.timeout(self._inactivity_s / _SIGNS_OF_LIFE):
+                        outputs = [await stream.get()]
+                except TimeoutError:
+                    if self._outputs > outputs_before:
+                        outputs_before = self._outputs
+                        yield []
+                    continue
                 while not stream.empty():
                     outputs.append(stream.get_nowait())
                 ready: list[EngineCoreOutput] = []
@@ -101,6 +146,7 @@ class Engine:
                 yield ready
         finally:
             self._streams.pop(request.request_id, None)
+            self._hangs = self._hangs or (not finished and self._quiet_s >= self._inactivity_s)
             if not finished and self._failure is None:
                 await self._core.abort_requests_async([request.request_id])
 
@@ -108,12 +154,20 @@ class Engine:
         try:
             while True:
                 for output in (await self._core.get_output_async()).outputs:
+                    self._outputs += 1
+                    self._quiet_since = time.monotonic()
+                    self._hangs = False
                     if (stream := self._streams.get(output.request_id)) is not None:
                         stream.put_nowait(output)
         except Exception as error:  # any end of the engine is told to every stream
             self._failure = error
             for stream in self._streams.values():
                 stream.put_nowait(error)
+
+    def kill(self) -> None:
+        """Ends the engine's processes at once, those that are stopped or hang included."""
+        for process in self._core.resources.engine_manager.processes:
+            process.kill()
 
     def shutdown(self) -> None:
         """Ends the engine's processes."""

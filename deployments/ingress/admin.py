@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Any
+from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter
 from fastapi.responses import JSONResponse
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 from ray.serve.handle import DeploymentHandle
 
 _TIMEOUT_S = 5.0
@@ -22,8 +22,19 @@ class Freeze(BaseModel):
     frozen: bool
 
 
+Number = Annotated[int, Field(ge=1)] | Literal["auto"]
+
+
+class Scale(BaseModel):
+    """The body of POST /mesh/scale."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+    attention: Number | None = None
+    experts: Number | None = None
+
+
 def admin_routes(controller: DeploymentHandle[Any]) -> APIRouter:
-    """/mesh/status, /mesh/loads and /mesh/placement, answered by the controller; 503 while it is away."""
+    """/mesh/status, /mesh/loads, /mesh/scale and /mesh/placement, answered by the controller; 503 while it is away."""
     router = APIRouter(prefix="/mesh", tags=["mesh"])
 
     async def ask(method: str, *arguments: Any, timeout_s: float = _TIMEOUT_S) -> JSONResponse:
@@ -61,6 +72,11 @@ def admin_routes(controller: DeploymentHandle[Any]) -> APIRouter:
     async def freeze(wanted: Freeze) -> JSONResponse:
         """Stops re-placing by itself, or starts again."""
         return await ask("freeze", wanted.frozen)
+
+    @router.post("/scale")
+    async def scale(wanted: Scale) -> JSONResponse:
+        """Sets how many replicas there are to be; 409 for a number that can't be."""
+        return await ask("scale", wanted.attention, wanted.experts)
 
     @router.get("/loads")
     async def loads() -> JSONResponse:

@@ -15,12 +15,15 @@ from vllm.entrypoints.launchers.app import build_app
 from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
+from expertmesh.deployments.ingress.access import add_walls
 from expertmesh.deployments.ingress.client import MeshEngineClient
 from expertmesh.deployments.ingress.core import RemoteCore
+from expertmesh.deployments.ingress.rendering import refuse_what_can_not_be_rendered
+from expertmesh.deployments.ingress.responses import HonestResponses
 from expertmesh.platform.config import MeshConfig
 
-_NOT_OURS = ("/scale_elastic_ep", "/is_scaling_elastic_ep", "/inference/v1", "/load", "/metrics")
-"""vLLM's routes that speak of an engine in this process; there is none."""
+_NOT_OURS = ("/scale_elastic_ep", "/is_scaling_elastic_ep", "/inference/v1", "/load", "/metrics", "/v1/systemone")
+"""vLLM's routes that speak of an engine in this process, where none is, or of what these models can't do."""
 
 
 def front_arguments(config: MeshConfig, folder: Path) -> Namespace:
@@ -63,8 +66,12 @@ async def openai_app(
 ) -> FastAPI:
     """The application, ready to serve."""
     arguments = front_arguments(config, folder)
-    client = MeshEngineClient(front_config(arguments), core, healthy)
+    client = MeshEngineClient(front_config(arguments), core, healthy, config.ingress.max_ongoing_requests)
     app = build_app(arguments, ("generate",), client.model_config)
     app.router.routes[:] = [r for r in app.router.routes if not getattr(r, "path", "").startswith(_NOT_OURS)]
     await init_app_state(client, app.state, arguments, ("generate",))
+    refuse_what_can_not_be_rendered(app.state.online_renderer)
+    app.middleware_stack = None  # vLLM's instrumentation has built it already; these go around that
+    app.add_middleware(HonestResponses)
+    add_walls(app, config.ingress)
     return app

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
+from http import HTTPStatus
 from typing import Any
 
 from vllm.config import VllmConfig
+from vllm.exceptions import GracefulHTTPError, VLLMValidationError
 from vllm.renderers import renderer_from_config
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError
@@ -16,9 +18,12 @@ from expertmesh.deployments.ingress.core import RemoteCore
 
 
 class MeshEngineClient(AsyncLLM):
-    """What vLLM's OpenAI layer calls. `healthy` tells whether the mesh can answer."""
+    """What vLLM's OpenAI layer calls."""
 
-    def __init__(self, config: VllmConfig, core: RemoteCore, healthy: Callable[[], Awaitable[bool]]) -> None:
+    def __init__(
+        self, config: VllmConfig, core: RemoteCore, healthy: Callable[[], Awaitable[bool]], max_requests: int
+    ) -> None:
+        """healthy: whether the mesh can answer; max_requests: sequences that may be unfinished at once."""
         self.vllm_config = config
         self.model_config = config.model_config
         self.scheduler_config = config.scheduler_config
@@ -34,6 +39,35 @@ class MeshEngineClient(AsyncLLM):
         self._supported_tasks = ("generate",)
         self._profile_session_guard_enabled = self._profile_session_active = False
         self._healthy = healthy
+        self._core = core
+        self._max_requests = max_requests
+        core.tell_failures_to(self._end_with)
+
+    def check_admission(self, n: int = 1, request_id: str | None = None) -> None:
+        """Raises GracefulHTTPError (429) if `n` more sequences are too many now, VLLMValidationError if they ever are.
+
+        vLLM asks before it starts a response, and once more when the request is about to begin.
+        """
+        if n > self._max_requests:
+            raise VLLMValidationError(
+                f"{n} sequences at once; ingress.max_ongoing_requests allows {self._max_requests}",
+                parameter="n",
+                value=n,
+            )
+        if self._core.running + n > self._max_requests:
+            raise GracefulHTTPError(
+                f"{self._core.running} requests are being worked on, and {self._max_requests} may be; try again",
+                HTTPStatus.TOO_MANY_REQUESTS,
+            )
+
+    def _end_with(self, request_id: str, error: Exception) -> None:
+        """Ends a request with an error; one of several sequences takes its siblings along."""
+        state = self.output_processor.request_states.get(request_id)
+        if state is None or state.queue is None:  # its client has left meanwhile
+            return
+        state.queue.put(error)
+        whole = request_id if state.parent_req is None else state.parent_req.request_id
+        self._core.abort(self.output_processor.abort_requests([whole], internal=True))
 
     async def check_health(self) -> None:
         """Raises EngineDeadError (503 at /health) if the mesh can't answer."""

@@ -1,44 +1,54 @@
-"""The engine core that vLLM's front end talks to: requests go to attention replicas, their outputs come back."""
+"""The engine core that vLLM's front end talks to: requests go to attention replicas, their outputs come back.
+
+A replica that dies takes no request with it: the core keeps each request and the tokens it has had, and lets another
+replica go on from there (continuation.py). Text, stop strings and log-probabilities are made on this side of it and
+notice nothing.
+"""
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import copy
 import logging
-from collections.abc import AsyncIterator
+import time
+from collections.abc import AsyncGenerator, Callable
+from contextlib import aclosing
+from http import HTTPStatus
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
-from ray.exceptions import RayActorError, RayTaskError
-from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
-from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
-from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, EngineCoreRequest, FinishReason
-from vllm.v1.engine.exceptions import EngineDeadError
+from ray.serve.handle import DeploymentHandle
+from vllm.exceptions import GracefulHTTPError
+from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, EngineCoreRequest
+
+from expertmesh.deployments.ingress.attempt import NotTaken, ReplicaLost, attempt
+from expertmesh.deployments.ingress.continuation import Engines, Unseen, Way, continued, way_of
+from expertmesh.deployments.ingress.search import Patience, Search
 
 log = logging.getLogger("expertmesh.ingress")
 
-_MAX_ATTEMPTS = 3
-
-
-class ReplicaDied(Exception):
-    """The replica that ran a request is gone, or its engine is."""
+OnFailure = Callable[[str, Exception], None]
 
 
 class RemoteCore:
     """Implements what AsyncLLM asks of an engine core client, over a Serve handle."""
 
-    def __init__(self, attention: DeploymentHandle[Any], inactivity_timeout_s: float) -> None:
+    def __init__(self, attention: DeploymentHandle[Any], patience: Patience, engines: Engines) -> None:
         self._generate = attention.options(method_name="generate", stream=True)
-        self._inactivity_timeout_s = inactivity_timeout_s
+        self._patience = patience
+        self._engines = engines
         self._outputs: asyncio.Queue[EngineCoreOutputs] = asyncio.Queue()
         self._tasks: dict[str, asyncio.Task[None]] = {}
+        self._on_failure: OnFailure | None = None
         self.resources = SimpleNamespace(engine_dead=False)
 
     @property
     def running(self) -> int:
         """Requests that are not finished."""
         return len(self._tasks)
+
+    def tell_failures_to(self, on_failure: OnFailure) -> None:
+        """`on_failure` gets the id of each request that can't be finished, and the error for its client."""
+        self._on_failure = on_failure
 
     async def get_supported_tasks_async(self) -> tuple[str, ...]:
         """Text generation."""
@@ -53,7 +63,11 @@ class RemoteCore:
         self._tasks[request.request_id] = asyncio.create_task(self._run(request))
 
     async def abort_requests_async(self, request_ids: list[str]) -> None:
-        """Stops requests; does nothing for those that are finished."""
+        """Stops requests, at their replicas too; does nothing for those that are finished."""
+        self.abort(request_ids)
+
+    def abort(self, request_ids: list[str]) -> None:
+        """`abort_requests_async`, without waiting for anything."""
         for request_id in request_ids:
             if (task := self._tasks.pop(request_id, None)) is not None:
                 task.cancel()
@@ -64,71 +78,61 @@ class RemoteCore:
 
     def shutdown(self, timeout: float | None = None) -> None:
         """Stops every request."""
-        for task in self._tasks.values():
-            task.cancel()
-        self._tasks.clear()
+        self.abort(list(self._tasks))
 
     async def _run(self, request: EngineCoreRequest) -> None:
-        """One request until its end. A replica that dies before its first token costs another attempt."""
-        request_id = request.request_id
+        failure: Exception | None = None
         try:
-            for attempt in range(_MAX_ATTEMPTS):
-                started = False
-                try:
-                    async for outputs in self._stream(request, attempt):
-                        started = started or any(output.new_token_ids for output in outputs)
-                        self._outputs.put_nowait(EngineCoreOutputs(outputs=outputs))
-                    return
-                except ReplicaDied as death:
-                    log.warning("request %s, attempt %d: %s", request_id, attempt + 1, death)
-                    if started:
-                        break
-            self._fail(request_id)
-        except Exception:
-            log.exception("request %s failed", request_id)
-            self._fail(request_id)
+            async for outputs in self._outputs_of(request):
+                self._outputs.put_nowait(EngineCoreOutputs(outputs=outputs))
+        except GracefulHTTPError as error:
+            log.warning("request %s: %s", request.request_id, error)
+            failure = error
+        except Exception as error:
+            log.exception("request %s failed", request.request_id)
+            failure = error
         finally:
-            self._tasks.pop(request_id, None)
+            self._tasks.pop(request.request_id, None)
+        if failure is not None and self._on_failure is not None:
+            self._on_failure(request.request_id, failure)
 
-    async def _stream(self, request: EngineCoreRequest, attempt: int) -> AsyncIterator[list[EngineCoreOutput]]:
-        """The outputs of one attempt, under the request's own id. Raises ReplicaDied if it ends without a finish."""
-        attempted = copy.copy(request)
-        attempted.request_id = f"{request.request_id}-{attempt}"
-        stream = cast("DeploymentResponseGenerator[Any]", self._generate.remote(attempted))
-        finished = False
-        try:
-            while not finished:
-                try:
-                    outputs = await asyncio.wait_for(anext(stream), self._inactivity_timeout_s)
-                except (StopAsyncIteration, TimeoutError) as end:
-                    raise ReplicaDied(
-                        f"no output for {self._inactivity_timeout_s:g} s"
-                        if isinstance(end, TimeoutError)
-                        else "stream ended early"
-                    ) from None
-                except Exception as error:
-                    if _is_death(error):
-                        raise ReplicaDied(repr(error)) from error
-                    raise
-                for output in outputs:
-                    if output.finish_reason in (FinishReason.ABORT, FinishReason.ERROR):
-                        raise ReplicaDied(f"engine ended the request with {output.finish_reason}")
-                    output.request_id = request.request_id
-                    finished = finished or output.finish_reason is not None
-                yield outputs
-        finally:
-            if not finished:
-                with contextlib.suppress(Exception):  # nothing to cancel if it never started
-                    stream.cancel()
+    async def _outputs_of(self, request: EngineCoreRequest) -> AsyncGenerator[list[EngineCoreOutput], None]:
+        """Each of the request's outputs once, whichever replicas they come from.
 
-    def _fail(self, request_id: str) -> None:
-        output = EngineCoreOutput(request_id=request_id, new_token_ids=[], finish_reason=FinishReason.ERROR)
-        self._outputs.put_nowait(EngineCoreOutputs(outputs=[output]))
-
-
-def _is_death(error: Exception) -> bool:
-    if isinstance(error, RayActorError | DeploymentUnavailableError | BackPressureError):
-        return True
-    return isinstance(error, EngineDeadError) or (
-        isinstance(error, RayTaskError) and isinstance(error.cause, EngineDeadError)
-    )
+        Raises GracefulHTTPError if it finds no replica or can't go on at another one, Diverged, and what a replica
+        raised about the request itself.
+        """
+        known: list[int] = []
+        way = Way.RESUBMIT if request.sampling_params is None else way_of(request, self._engines)
+        search = Search(self._patience, time.monotonic)
+        number = 0
+        while True:
+            this = continued(request, known, way)
+            this.request_id = f"{request.request_id}-{number}"  # its replica may still hold the attempt before
+            number += 1
+            unseen = Unseen(known if way is Way.REGENERATE else ())
+            try:
+                async with aclosing(
+                    attempt(self._generate, this, search.left_s, self._patience.inactivity_s)
+                ) as stream:
+                    async for outputs in stream:
+                        search.taken()
+                        if not (fresh := unseen.of(outputs)):
+                            continue
+                        for output in fresh:
+                            output.request_id = request.request_id
+                            known.extend(output.new_token_ids)
+                        search.progressed()
+                        yield fresh
+                return
+            except ReplicaLost as loss:
+                log.warning("request %s lost its replica after %d tokens: %s", request.request_id, len(known), loss)
+                if known and way is Way.NONE:
+                    raise GracefulHTTPError(
+                        "the replica that ran this request was lost, and the engines' settings don't let another one "
+                        "go on with this kind of sampling; send it again",
+                        HTTPStatus.SERVICE_UNAVAILABLE,
+                    ) from loss
+                search.lost(loss)
+            except NotTaken as refusal:
+                await asyncio.sleep(search.refused(refusal))

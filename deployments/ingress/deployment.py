@@ -9,9 +9,12 @@ from fastapi import FastAPI
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 
+from expertmesh.deployments.attention.known_tokens import can_force
 from expertmesh.deployments.ingress.admin import admin_routes
 from expertmesh.deployments.ingress.app import openai_app
-from expertmesh.deployments.ingress.core import RemoteCore
+from expertmesh.deployments.ingress.continuation import Engines
+from expertmesh.deployments.ingress.search import Patience
+from expertmesh.deployments.ingress.tenant import TenantCore
 from expertmesh.deployments.runtime import prepare_replica
 from expertmesh.platform.checkpoints.source import model_folder
 from expertmesh.platform.config import MeshConfig
@@ -34,7 +37,10 @@ class Ingress:
         prepare_replica(config)
         self._controller = controller
         folder = await asyncio.to_thread(model_folder, config.model)
-        core = RemoteCore(attention, config.attention.inactivity_timeout_s)
+        patience = Patience(config.ingress.replica_timeout_s, config.attention.inactivity_timeout_s)
+        arguments = config.attention.engine_args
+        engines = Engines(can_force(arguments), stateful_processors=bool(arguments.get("logits_processors")))
+        core = TenantCore(attention, patience, engines)
         self._app = await openai_app(config, folder, core, self._healthy)
         self._app.include_router(admin_routes(controller))
 
