@@ -9,7 +9,10 @@ from ray import serve
 from ray.serve import Application
 from ray.serve.schema import LoggingConfig
 
+from expertmesh.deployments.requests.settings import router_options
 from expertmesh.errors import CheckpointError, ConfigError
+from expertmesh.kv_store.configured import check_store
+from expertmesh.platform.access.file import read_keys
 from expertmesh.platform.checkpoints import check_checkpoint, expert_layout
 from expertmesh.platform.checkpoints.source import model_folder
 from expertmesh.platform.config import MeshConfig, load_config
@@ -17,12 +20,15 @@ from expertmesh.platform.config import MeshConfig, load_config
 APP_NAME = "expertmesh"
 
 _HEALTH_CHECK_S = 1.0
+_ENDING_S = 10.0
+"""What a shard gets to end after its handover."""
+_MOST_REPLICAS = 4096
 _PLENTY = 100_000
 """Long polls and heartbeats are cheap; the controller's replica must never turn one away."""
 _SMALL_CPUS = 0.1
 """Ray CPUs of the ingress and of the controller."""
-_QUEUE_FACTOR = 4
-"""Requests that an attention replica takes, as a multiple of those that it computes at once; vLLM queues the rest."""
+_REFUSING_FACTOR = 2
+"""HTTP requests that an ingress replica takes, as a multiple of those that it works on; it answers the rest itself."""
 
 
 def build_app(arguments: Mapping[str, Any] | MeshConfig | None = None) -> Application:
@@ -34,6 +40,9 @@ def build_app(arguments: Mapping[str, Any] | MeshConfig | None = None) -> Applic
     """
     config = arguments if isinstance(arguments, MeshConfig) else _config_of(arguments or {})
     check_model(config)
+    check_store(config)
+    if config.ingress.keys_file is not None:
+        read_keys(config.ingress.keys_file)
     # Imported here: classes of replicas need torch and vLLM, the CLI's other commands don't.
     from expertmesh.deployments.attention.deployment import AttentionReplica
     from expertmesh.deployments.controller.controller import Controller
@@ -55,7 +64,9 @@ def build_app(arguments: Mapping[str, Any] | MeshConfig | None = None) -> Applic
     return serve.deployment(
         name="ingress",
         num_replicas=config.ingress.replicas,
-        max_ongoing_requests=config.ingress.max_ongoing_requests,
+        max_ongoing_requests=_REFUSING_FACTOR * config.ingress.max_ongoing_requests,
+        max_queued_requests=config.ingress.max_ongoing_requests,
+        backpressure_config={"status_code": 429, "retry_after_s": 1.0},
         health_check_period_s=_HEALTH_CHECK_S,
         ray_actor_options={"num_cpus": _SMALL_CPUS, "runtime_env": {"env_vars": _environment(config, 1)}},
         logging_config=_logging(config, access_log=config.telemetry.access_log),
@@ -71,9 +82,18 @@ def check_model(config: MeshConfig) -> None:
         raise ConfigError(
             f"experts.mode: 'mesh' needs a model with routed experts; {config.model.source} is dense: use 'colocated'"
         )
-    if config.experts.shards > layout.num_experts * config.experts.redundancy:
+    scaling = config.autoscaling.experts
+    if scaling is not None and scaling.min_shards < config.experts.redundancy:
+        raise ConfigError(
+            f"autoscaling.experts.min_shards: {scaling.min_shards} is less than experts.redundancy "
+            f"({config.experts.redundancy})"
+        )
+    name, shards = "experts.shards", config.experts.shards
+    if scaling is not None and scaling.max_shards > shards:
+        name, shards = "autoscaling.experts.max_shards", scaling.max_shards
+    if shards > layout.num_experts * config.experts.redundancy:
         raise CheckpointError(
-            f"experts.shards: {config.experts.shards} is more than the {layout.num_experts} experts of the model "
+            f"{name}: {shards} is more than the {layout.num_experts} experts of the model "
             f"times experts.redundancy ({config.experts.redundancy}): some shard would hold nothing"
         )
 
@@ -83,7 +103,9 @@ def required_cpus(config: MeshConfig) -> float:
     attention, experts = config.attention, config.experts
     scaling = config.autoscaling.attention
     replicas = scaling.max_replicas if scaling is not None else attention.replicas
-    shards = experts.shards if experts.mode == "mesh" else 0
+    growing = config.autoscaling.experts
+    most = experts.shards if growing is None else max(experts.shards, growing.max_shards)
+    shards = most if experts.mode == "mesh" else 0
     return replicas * attention.cpus + shards * experts.cpus + (1 + config.ingress.replicas) * _SMALL_CPUS
 
 
@@ -100,9 +122,10 @@ def _experts(config: MeshConfig, controller: Application) -> Application:
     experts = config.experts
     return serve.deployment(
         name="experts",
-        num_replicas=experts.shards,
+        **_scaled("experts", experts.shards),
         logging_config=_logging(config),
         health_check_period_s=_HEALTH_CHECK_S,
+        graceful_shutdown_timeout_s=experts.handover_timeout_s + _ENDING_S,
         ray_actor_options={
             "num_cpus": experts.cpus,
             "num_gpus": experts.gpus,
@@ -114,8 +137,11 @@ def _experts(config: MeshConfig, controller: Application) -> Application:
 
 def _attention_options(config: MeshConfig) -> dict[str, Any]:
     attention, scaling = config.attention, config.autoscaling.attention
+    configured = attention.replicas if scaling is None else scaling.min_replicas
     options: dict[str, Any] = {
-        "max_ongoing_requests": _QUEUE_FACTOR * attention.max_num_seqs,
+        **router_options(config),
+        "max_ongoing_requests": attention.max_num_seqs + attention.max_waiting_requests,
+        "graceful_shutdown_timeout_s": attention.drain_timeout_s,
         "logging_config": _logging(config),
         "health_check_period_s": _HEALTH_CHECK_S,
         "ray_actor_options": {
@@ -125,15 +151,23 @@ def _attention_options(config: MeshConfig) -> dict[str, Any]:
             "runtime_env": {"env_vars": _environment(config, attention.threads)},
         },
     }
-    if scaling is None:
-        return {**options, "num_replicas": attention.replicas}
+    return {**options, **_scaled("attention", configured)}
+
+
+def _scaled(deployment: str, configured: int) -> dict[str, Any]:
+    """Options of a deployment whose replicas may be changed while it serves."""
     return {
-        **options,
         "autoscaling_config": {
-            "min_replicas": scaling.min_replicas,
-            "max_replicas": scaling.max_replicas,
-            "target_ongoing_requests": scaling.target_ongoing_requests,
-        },
+            "min_replicas": 1,
+            "max_replicas": _MOST_REPLICAS,
+            "initial_replicas": configured,
+            "upscale_delay_s": 0.0,  # whoever sets the number has waited
+            "downscale_delay_s": 0.0,
+            "policy": {
+                "policy_function": "expertmesh.deployments.controller.policy:TargetPolicy",
+                "policy_kwargs": {"deployment": deployment, "configured": configured},
+            },
+        }
     }
 
 

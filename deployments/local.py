@@ -19,8 +19,10 @@ from ray.serve.config import HTTPOptions
 from ray.serve.schema import ApplicationStatus, LoggingConfig
 
 from expertmesh.deployments.builder import APP_NAME, build_app, required_cpus
-from expertmesh.errors import Unavailable
-from expertmesh.platform.config import MeshConfig
+from expertmesh.errors import ConfigError, Unavailable
+from expertmesh.kv_store import EmbeddedServer
+from expertmesh.kv_store.configured import embedded_link, embedded_password
+from expertmesh.platform.config import MeshConfig, cluster_secret
 from expertmesh.routing.dispatch import Mailbox
 
 Progress = Callable[[dict[str, str]], None]
@@ -41,6 +43,7 @@ class LocalMesh:
         self.config = config
         self._address = address
         self._folder: str | None = None
+        self._store: EmbeddedServer | None = None
 
     @property
     def url(self) -> str:
@@ -56,6 +59,7 @@ class LocalMesh:
         Serve's message) or is not ready in the config's time. Nothing is left running then.
         """
         try:
+            self._start_store()
             self._start_ray()
             ingress = self.config.ingress
             serve.start(
@@ -75,8 +79,13 @@ class LocalMesh:
 
     def close(self) -> None:
         """Removes the application, and the private Ray with everything that belongs to it. May be called again."""
-        if not ray.is_initialized():
-            return
+        if ray.is_initialized():
+            self._close_ray()
+        if self._store is not None:
+            self._store.close()
+            self._store = None
+
+    def _close_ray(self) -> None:
         with contextlib.suppress(Exception):  # whatever state it is in, what follows ends it
             serve.delete(APP_NAME) if self._address else serve.shutdown()
         ray.shutdown()
@@ -92,6 +101,15 @@ class LocalMesh:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+    def _start_store(self) -> None:
+        if self.config.kv_store.url != "embedded":
+            return
+        if self._address is not None:
+            raise ConfigError("kv_store.url: 'embedded' is for a mesh on one machine; a Ray cluster needs a server")
+        secret = cluster_secret(self.config, create_in=self.config.model.resolved_cache_dir)
+        budget = int(self.config.kv_store.memory_gib * 2**30)
+        self._store = EmbeddedServer(budget, embedded_password(secret), embedded_link(self.config))
 
     def _start_ray(self) -> None:
         options: dict[str, Any] = {"log_to_driver": self.config.telemetry.log_level in ("debug", "info")}

@@ -42,6 +42,8 @@ class Orders:
     """Of the routing table now."""
     slots: IntArray | None
     """[layers, slots] what it is to hold; None: what it reported."""
+    released: bool = False
+    """The shard said that it leaves, and nobody needs it any more."""
 
 
 @dataclass(frozen=True, slots=True)

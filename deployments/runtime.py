@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import logging
+from datetime import datetime
 from pathlib import Path
 
 import ray
+import ray._raylet
+import ray.core.generated.autoscaler_pb2 as autoscaler
 
 from expertmesh.platform.config import MeshConfig, cluster_secret
 
@@ -20,6 +23,20 @@ def prepare_replica(config: MeshConfig) -> None:
 def node_id() -> str:
     """Ray's id of this node."""
     return str(ray.get_runtime_context().get_node_id())
+
+
+def drain_node(node: str, deadline: datetime) -> None:
+    """Tells Ray that a node will be gone by then: Serve starts its replicas elsewhere, then tells those here to stop.
+
+    Raises RuntimeError if Ray refuses.
+    """
+    gcs = ray._raylet.GcsClient(  # type: ignore[attr-defined]  # a C extension
+        address=ray.get_runtime_context().gcs_address
+    )
+    reason = autoscaler.DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION")  # type: ignore[attr-defined]  # generated
+    accepted, why = gcs.drain_node(node, reason, "it is taken away", int(deadline.timestamp() * 1000))
+    if not accepted:
+        raise RuntimeError(f"Ray does not drain node {node}: {why}")
 
 
 def bind_host(config: MeshConfig) -> str:

@@ -51,6 +51,7 @@ def demo_mesh(demo_folder: Path) -> Iterator[LocalMesh]:
         "model": "demo",
         "ingress": {"port": free_port()},
         "attention": {"kv_cache_gib": 0.5, "inactivity_timeout_s": 300},
+        "experts": {"cpus": 0.1, "heartbeat_timeout_s": 30},
         # A replacement on two busy cores may take a minute. Experts move only where a test asks for it.
         "routing": {"unavailable_timeout_s": 240, "rebalance": {"interval_s": 100_000}},
     }

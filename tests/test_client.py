@@ -34,10 +34,11 @@ import expertmesh
 from expertmesh import AsyncClient, Client, ExpertMeshError, MeshStatus
 from expertmesh.errors import ConfigError, Unavailable
 from expertmesh.platform.cli import app as cli
-from expertmesh.platform.client import Loads, Placement
+from expertmesh.platform.client import Loads, Placement, Wanted
 from expertmesh.platform.config import load_config
 from expertmesh.routing.placement import Target
 from expertmesh.routing.placement.static import IntArray
+from tests.test_durable import Memory
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # Ray uses pydantic in a way that pydantic gives up
@@ -137,7 +138,9 @@ def served(app: FastAPI) -> Iterator[str]:
 def controller(tmp_path: Path) -> Controller:
     """Of two shards and one attention replica, all serving."""
     model = write_checkpoint(tmp_path / "tiny")
-    controller = Controller(load_config({"model": model, "experts": {"shards": 2, "heartbeat_timeout_s": 600}}))
+    controller = Controller(
+        load_config({"model": model, "experts": {"shards": 2, "heartbeat_timeout_s": 600}}), Memory()
+    )
 
     async def fill() -> None:
         for index in range(2):
@@ -250,7 +253,7 @@ async def test_experts_are_frozen_and_let_go(ask: Ask, ingress: Ingress) -> None
 
 async def test_applying_where_experts_stay_is_refused_in_words(ask: Ask, tmp_path: Path) -> None:
     model = write_checkpoint(tmp_path / "fixed")
-    fixed = Controller(load_config({"model": model, "routing": {"rebalance": {"enabled": False}}}))
+    fixed = Controller(load_config({"model": model, "routing": {"rebalance": {"enabled": False}}}), Memory())
     ingress = Ingress(fixed)
     with served(ingress.app) as url:
         with pytest.raises(ExpertMeshError, match=r"409: routing\.rebalance\.enabled is false"):
@@ -283,7 +286,29 @@ async def test_a_shard_that_left(ask: Ask, controller: Controller, ingress: Ingr
     status, placement = await ask(ingress.url, "status"), await ask(ingress.url, "placement")
     assert (status.ok, status.health, status.placement.redundancy) == (False, "degraded", 0)
     assert status.placement.missing_experts == 4
-    assert [placement.holders(0, e) for e in range(EXPERTS)].count([]) == 2
+    assert {tuple(placement.holders(0, e)) for e in range(EXPERTS)} == {("shard-0",)}, "it is to take them over"
+
+
+async def test_scaling(ask: Ask, ingress: Ingress) -> None:
+    assert (await ask(ingress.url, "scale", 2, 3)).model_dump() == {"attention": 2, "experts": 3}
+    assert (await ask(ingress.url, "status")).wanted == Wanted(attention=2, experts=3)
+    with pytest.raises(ExpertMeshError, match="409: experts: 5; allowed: 1"):
+        await ask(ingress.url, "scale", None, 5)
+    with pytest.raises(ExpertMeshError, match="422"):
+        await ask(ingress.url, "scale", 0)
+    assert (await ask(ingress.url, "scale", None, "auto")).model_dump() == {"attention": 2, "experts": 2}
+
+
+def test_scale_command(ingress: Ingress) -> None:
+    def run(*arguments: str) -> Any:
+        return CliRunner().invoke(cli, ["scale", *arguments, "--url", ingress.url])
+
+    assert run("attention=2", "experts=4").output.split() == ["attention:", "2", "experts:", "4"]
+    assert run("experts=auto").output.split() == ["attention:", "2", "experts:", "2"]
+    for wrong in (["experts"], ["experts=-1"], ["experts=2", "experts=3"], ["ingress=2"], ["experts=many"]):
+        result = run(*wrong)
+        assert result.exit_code == 2
+        assert "allowed" in result.output
 
 
 async def test_a_mesh_that_still_loads(controller: Controller) -> None:
@@ -516,7 +541,7 @@ def test_status_command(ingress: Ingress, controller: Controller) -> None:
         shard = [f"shard-{index}", str(index), "c0ffee55", "yes", "4", str(1234 + index), "2.5 s", "6.1 kB"]
         assert shard in [row[:8] for row in rows]
     words = [line.split() for line in result.stdout.splitlines()]
-    for expected in ("health ok", "placement epoch 2", "redundancy 1", "missing experts 0"):
+    for expected in ("health ok", "placement epoch 1000002", "redundancy 1", "missing experts 0"):
         assert expected.split() in words
     assert ["model", "tiny"] in [line[:2] for line in words]
 

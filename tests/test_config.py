@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import stat
 import subprocess
 import sys
@@ -144,6 +145,7 @@ def test_colocated_ignores_how_the_other_expert_fields_fit() -> None:
 
 # --- what is refused, and how ---
 
+IAM = {"cache_name": "c", "region": "r"}
 BAD_VALUES: list[tuple[str, object, str]] = [
     ("attention.replicas", 0, "0 is below the minimum 1"),
     ("attention.replicas", "2", "'2' is text; allowed: integer >= 1"),
@@ -163,16 +165,31 @@ BAD_VALUES: list[tuple[str, object, str]] = [
     ("experts", [], "a list is not a section; allowed: the keys mode, shards"),
     ("routing.transport", "tpc", "'tpc' is not one of auto, unix, tcp; did you mean 'tcp'?"),
     ("routing.bind_host", "0.0.0.0:80", "is not an IP address or host name (without a port)"),
-    ("kv_store.url", "redis://:pw/x@host/0", "'redis://***@host/0' is not allowed; allowed: off"),
+    ("kv_store.url", "redis://:pw/x@host/0", "holds a user or password; use kv_store.username and kv_store.password_f"),
+    ("kv_store.url", "http://host", "is none of off, embedded, redis://HOST[:PORT]"),
+    ("kv_store.url", "redis://host/3", "is none of off, embedded, redis://HOST[:PORT]"),
+    ("kv_store", {"url": "embedded", "username": "x"}, "the embedded server has no users"),
+    ("kv_store", {"url": "redis://host", "ca_file": "ca.pem"}, "ca_file: is for rediss:// only"),
+    ("kv_store", {"url": "redis://host", "iam": IAM}, "iam: IAM authentication needs TLS: use rediss://"),
+    ("kv_store", {"url": "rediss://host", "iam": IAM}, "iam: IAM authentication needs kv_store.username"),
     ("autoscaling.attention", {"min_replicas": 1}, "is missing; allowed: integer >= 1"),
     (
         "autoscaling.attention",
         {"min_replicas": 3, "max_replicas": 2},
         "2 is below autoscaling.attention.min_replicas (3)",
     ),
+    (
+        "autoscaling.experts",
+        {"min_shards": 3, "max_shards": 2},
+        "2 is below autoscaling.experts.min_shards (3)",
+    ),
     ("ingress.port", 70000, "70000 is above the maximum 65535"),
     ("model", 3, "3 is not a section; allowed: text or the keys source"),
-    ("model.source", "/nowhere/at/all", "'/nowhere/at/all' does not exist; allowed: 'demo' or an existing checkpoint"),
+    (
+        "model.source",
+        "/nowhere/at/all",
+        "'/nowhere/at/all' does not exist; allowed: 'demo', an existing checkpoint folder, or s3://",
+    ),
     ("model.served_name", "", "is empty; allowed: text or null"),
 ]
 
@@ -266,7 +283,9 @@ def test_yaml_that_cannot_be_read_names_file_line_and_column(write_yaml: WriteYa
 
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     missing = tmp_path / "mesh.yaml"
-    assert problems(missing) == [f"{missing}: does not exist; allowed: a YAML file, a checkpoint folder, or 'demo'"]
+    assert problems(missing) == [
+        f"{missing}: does not exist; allowed: a YAML file, a checkpoint folder, s3://..., or 'demo'"
+    ]
     binary = tmp_path / "binary"
     binary.write_bytes(b"model: \xff")
     assert problems(binary) == [f"{binary}: byte 8 is not UTF-8"]
@@ -348,7 +367,7 @@ def test_ordinary_keys_do_not_look_like_secrets(key: str) -> None:
 
 def test_no_known_key_looks_like_a_secret_but_the_one_that_names_the_file() -> None:
     found = [f"{section}.{key}" for section, keys in SECTIONS.items() for key in keys if looks_like_secret(key)]
-    assert found == ["routing.secret_file"]
+    assert found == ["routing.secret_file", "kv_store.password_file"]
 
 
 # --- the cluster's secret ---
@@ -542,8 +561,14 @@ def values(node: dict[str, Any]) -> st.SearchStrategy[Any]:
             low = node.get("minimum", node.get("exclusiveMinimum"))
             high = node.get("exclusiveMaximum", 1e18)
             return st.floats(low, high, exclude_min="minimum" not in node, exclude_max=True)
-        case "string":
-            return st.just("127.0.0.1") if str(node.get("title")).endswith("Host") else st.text(min_size=1)
+        case "array":
+            return st.lists(values(node["items"]), max_size=3)
+        case "string" if "pattern" in node:
+            return st.from_regex(re.compile(node["pattern"], re.ASCII), fullmatch=True)
+        case "string" if str(node.get("title")).endswith("Host"):
+            return st.just("127.0.0.1")
+        case "string":  # `~name` is the home of a user, who must be there
+            return st.text(min_size=1).filter(lambda text: not text.startswith("~"))
         case "object" if "properties" in node:
             required = {
                 key: values(inner) for key, inner in node["properties"].items() if key in node.get("required", [])
@@ -569,6 +594,7 @@ _ORDERED = [
     ("experts", "redundancy", "shards"),
     ("experts", "heartbeat_interval_s", "heartbeat_timeout_s"),
     ("autoscaling.attention", "min_replicas", "max_replicas"),
+    ("autoscaling.experts", "min_shards", "max_shards"),
 ]
 
 
@@ -584,6 +610,10 @@ def made_to_fit(document: dict[str, Any]) -> dict[str, Any]:
         # Equal heartbeat times are refused; the others' fields may be equal.
         if first is not None and second is not None and (first != second or path != "experts"):
             section[low], section[high] = sorted((first, second))
+    store = document.get("kv_store", {})
+    if store.get("url", "off") != "off":  # each of these fits to some URLs only
+        for key in ("username", "ca_file", "iam"):
+            store.pop(key, None)
     return document
 
 

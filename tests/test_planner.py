@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
-import pytest
 from numpy.testing import assert_allclose, assert_array_equal
 
 from expertmesh.deployments.controller.controller import initial_slots
@@ -11,8 +12,8 @@ from expertmesh.deployments.controller.planner import (
     Planner,
     Situation,
     measured_rates,
+    planning_slots,
     predicted_balancedness,
-    without_staging,
 )
 from expertmesh.routing.placement import Limits, Loads, applied
 from expertmesh.routing.placement.static import IntArray
@@ -28,8 +29,8 @@ def planner() -> Planner:
 
 def situation(loads: Loads, slots: IntArray | None = None) -> Situation:
     if slots is None:
-        slots = without_staging(initial_slots(LAYERS, EXPERTS, SHARDS, 1, 1, staging=True))
-    return Situation(slots, loads, np.full(SHARDS, 1000.0), np.ones(SHARDS, dtype=bool), 1000, 1e9)
+        slots = planning_slots(initial_slots(LAYERS, EXPERTS, SHARDS, 1, 1, staging=True), 3, staging=True)
+    return Situation(slots, loads, np.full(SHARDS, 1000.0), np.ones(SHARDS, dtype=bool), True, 3, 1000, 1e9)
 
 
 def test_windows_add_up_and_the_one_that_has_begun_counts_without_ending() -> None:
@@ -78,19 +79,26 @@ def test_a_plan_makes_the_layers_more_even_until_nothing_pays() -> None:
 
 
 def test_an_expert_that_nobody_is_leased_comes_first() -> None:
-    slots = without_staging(initial_slots(LAYERS, EXPERTS, SHARDS, 1, 1, staging=True))
+    slots = planning_slots(initial_slots(LAYERS, EXPERTS, SHARDS, 1, 1, staging=True), 3, staging=True)
     copies = [expert for expert in range(EXPERTS) if (slots[:, 0] == expert).sum() == 1]
     slots[:, 0][slots[:, 0] == copies[0]] = -1
     moves = planner().moves(situation(Loads.none(LAYERS, EXPERTS), slots))
     assert [(move.layer, move.added) for move in moves] == [(0, copies[0])]
 
 
-def test_nothing_is_planned_while_a_shard_is_away() -> None:
+def test_nothing_is_planned_while_experts_change_hands() -> None:
     whole = situation(Loads.none(LAYERS, EXPERTS).after(MIX * 100, 10.0, 30.0))
-    ready = np.array([True, True, True, False])
-    away = Situation(whole.slots, whole.loads, whole.rates, ready, whole.expert_bytes, whole.bytes_a_second)
     assert planner().moves(whole)
-    assert planner().moves(away) == []
+    assert planner().moves(replace(whole, settled=False)) == []
+    assert planner().moves(replace(whole, ready=np.zeros(SHARDS, dtype=bool))) == []
+
+
+def test_no_shard_is_given_more_where_one_is_crowded() -> None:
+    now = situation(Loads.none(LAYERS, EXPERTS).after(MIX * 100, 10.0, 30.0))
+    wide = replace(now, slots=np.pad(now.slots, ((0, 0), (0, 0), (0, 1)), constant_values=-1))
+    moves = planner().moves(wide)
+    assert moves
+    assert all(move.dropped >= 0 for move in moves)
 
 
 def test_small_differences_of_speed_are_noise() -> None:
@@ -99,8 +107,10 @@ def test_small_differences_of_speed_are_noise() -> None:
     assert_array_equal(measured_rates({0: {"pairs": 0, "busy_s": 0.0}}, 2), [1, 1])
 
 
-def test_the_planner_does_not_see_the_staging_slot() -> None:
-    slots = np.array([[[3, -1, 1], [-1, 2, -1]]], dtype=np.int32)
-    assert_array_equal(without_staging(slots), [[[3, 1], [2, -1]]])
-    with pytest.raises(ValueError, match="no staging slot"):
-        without_staging(np.array([[[3, 0, 1]]], dtype=np.int32))
+def test_the_planner_sees_no_more_empty_slots_than_shards_are_to_fill() -> None:
+    slots = np.array([[[3, -1, 1, -1], [-1, 2, -1, -1]]], dtype=np.int32)
+    assert_array_equal(planning_slots(slots, 2, staging=True), [[[3, 1], [2, -1]]])
+    assert_array_equal(planning_slots(slots, 1, staging=True), [[[3, 1], [2, -1]]])
+    assert_array_equal(planning_slots(slots, 9, staging=True), [[[3, 1, -1], [2, -1, -1]]])
+    full = np.array([[[3, 0, 1]]], dtype=np.int32)
+    assert_array_equal(planning_slots(full, 2, staging=True), full)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from expertmesh.deployments.controller.controller import initial_slots
 from expertmesh.deployments.controller.membership import Membership
-from expertmesh.deployments.controller.planner import without_staging
+from expertmesh.deployments.controller.planner import planning_slots
 from expertmesh.deployments.controller.replacement import Replacement, State
 from expertmesh.deployments.messages import AttentionReport, JoinRequest, ShardReport
 from expertmesh.routing.placement import Limits, Move, RoutingTable, Target, plan
@@ -23,8 +23,10 @@ LAYERS, EXPERTS, SHARDS, REDUNDANCY = (1, 3), 8, 4, 1
 class Mesh:
     """A controller's state machines over shards and attention replicas that report when asked."""
 
-    def __init__(self, slots: IntArray) -> None:
-        self.members = Membership(LAYERS, EXPERTS, slots, 1e9, lambda: 0.0)
+    def __init__(self, slots: IntArray, spare: int = 1) -> None:
+        self.members = Membership(
+            LAYERS, EXPERTS, slots, 1e9, lambda: 0.0, redundancy=REDUNDANCY, spare=spare, staging=True
+        )
         self.replacement = Replacement(self.members, REDUNDANCY)
         self.held: dict[str, IntArray] = {}
         self.orders: dict[str, IntArray] = {}
@@ -96,6 +98,10 @@ def start(spare: int = 1) -> IntArray:
     return initial_slots(len(LAYERS), EXPERTS, SHARDS, REDUNDANCY, spare, staging=True)
 
 
+def without_staging(slots: IntArray) -> IntArray:
+    return planning_slots(slots, slots.shape[2] - 1, staging=True)
+
+
 def planned(slots: IntArray, seed: int, steps: int = 3) -> list[Move]:
     loads = np.random.default_rng(seed).lognormal(0, 1.5, (len(LAYERS), EXPERTS))
     everyone = np.ones(SHARDS, dtype=bool)
@@ -121,7 +127,7 @@ def expected(slots: IntArray, moves: list[Move]) -> list[list[set[int]]]:
 @given(seed=st.integers(0, 10_000), spare=st.integers(0, 2))
 def test_a_plan_is_carried_out_and_no_expert_is_short_of_copies_on_the_way(seed: int, spare: int) -> None:
     slots = start(spare)
-    mesh = Mesh(slots)
+    mesh = Mesh(slots, spare)
     moves = planned(slots, seed)
     mesh.replacement.start(moves)
     rng = random.Random(seed)
@@ -233,7 +239,7 @@ def test_a_controller_that_comes_back_takes_over_what_shards_hold() -> None:
     mesh.replacement.start(next(m for m in (planned(slots, seed) for seed in range(50)) if m))
     mesh.settle()
     held = mesh.members.slots.copy()
-    back = Membership(LAYERS, EXPERTS, slots, 1e9, lambda: 0.0)
+    back = Membership(LAYERS, EXPERTS, slots, 1e9, lambda: 0.0, redundancy=REDUNDANCY, spare=1, staging=True)
     for index in range(SHARDS):
         lease = back.join(JoinRequest(f"s{index}", "node", index, held[index], mesh.members.epoch))
         assert lease is not None

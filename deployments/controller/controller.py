@@ -1,4 +1,4 @@
-"""The controller deployment: one replica around `Membership`, `Replacement` and `Planner`."""
+"""The controller deployment: one replica around `Membership`, `Takeover`, `Replacement` and `Planner`."""
 
 from __future__ import annotations
 
@@ -9,18 +9,30 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
+from ray import serve
 
+from expertmesh.deployments.controller.durable import (
+    Deposed,
+    KeyValues,
+    Office,
+    PlacementState,
+    RayKeyValues,
+    first_epoch,
+)
 from expertmesh.deployments.controller.membership import Membership, ShardMember
 from expertmesh.deployments.controller.planner import (
     Planner,
     Situation,
     measured_rates,
+    planning_slots,
     predicted_balancedness,
-    without_staging,
 )
 from expertmesh.deployments.controller.replacement import Replacement
+from expertmesh.deployments.controller.scaling import Request, Scaling
+from expertmesh.deployments.controller.takeover import Takeover
 from expertmesh.deployments.messages import AttentionReport, JoinRequest, Lease, Orders, ShardReport
 from expertmesh.deployments.runtime import prepare_replica
+from expertmesh.platform.autoscaling.targets import Targets
 from expertmesh.platform.checkpoints import checkpoint_revision, expert_layout, open_checkpoint
 from expertmesh.platform.checkpoints.source import model_folder
 from expertmesh.platform.config import MeshConfig
@@ -29,6 +41,8 @@ from expertmesh.routing.placement.static import IntArray
 
 log = logging.getLogger("expertmesh.controller")
 
+_MISSED_HEARTBEATS = 2
+"""Of a shard to which an attention replica's connection broke: then it is taken for dead."""
 _BUSY = "another plan is being carried out; `placement show` lists its moves"
 _LOADING_BYTES_A_SECOND = 1e9
 """Assumed until a shard has measured it."""
@@ -37,31 +51,47 @@ _LOADING_BYTES_A_SECOND = 1e9
 class Controller:
     """Keeps members, placement and loads; answers the admin API. Serving goes on without it."""
 
-    def __init__(self, config: MeshConfig) -> None:
+    def __init__(self, config: MeshConfig, store: KeyValues | None = None) -> None:
+        """store: what outlives the controller; Ray's, which is there in a Serve replica, unless given."""
         prepare_replica(config)
         checkpoint = open_checkpoint(model_folder(config.model))
         layout = expert_layout(checkpoint)
         meshed = config.experts.mode == "mesh"
         shards, redundancy = (config.experts.shards, config.experts.redundancy) if meshed else (1, 1)
         rebalance = config.routing.rebalance
-        slots = initial_slots(
-            len(layout.layers),
-            layout.num_experts,
-            shards,
-            redundancy,
-            spare=config.experts.spare_slots if meshed else 0,
-            staging=meshed and rebalance.enabled,
-        )
+        spare = config.experts.spare_slots if meshed else 0
+        staging = meshed and rebalance.enabled
+        slots = initial_slots(len(layout.layers), layout.num_experts, shards, redundancy, spare, staging)
         self._config = config
         self._revision = checkpoint_revision(checkpoint)
+        application = serve.get_replica_context().app_name if store is None else ""
+        store = RayKeyValues() if store is None else store
+        self._office = Office(store, application)
+        self._decided = PlacementState(f"{self._revision}: {slots.shape} x {redundancy}", slots, False)
+        if (before := self._office.inherited) is not None and before.of == self._decided.of:
+            self._decided, slots = before, before.slots
+        self._deposed: Deposed | None = None
         self._expert_bytes = layout.total_expert_bytes
         self._logical_experts = max(1, len(layout.layers) * layout.num_experts)
-        timeout_s = config.experts.heartbeat_timeout_s
-        self._members = Membership(layout.layers, layout.num_experts, slots, timeout_s, time.monotonic)
+        self._members = Membership(
+            layout.layers,
+            layout.num_experts,
+            slots,
+            config.experts.heartbeat_timeout_s,
+            time.monotonic,
+            redundancy=redundancy,
+            spare=spare,
+            staging=staging,
+            suspect_s=_MISSED_HEARTBEATS * config.experts.heartbeat_interval_s,
+        )
+        self._members.epoch = first_epoch(self._office.term)
         self._replacement = Replacement(self._members, redundancy)
+        self._takeover = Takeover(self._members, self._replacement, config.experts.max_slots)
+        self._targets: Targets | None = Targets(store, application)
+        self._scaling = Scaling(config, self._members, self._targets)
         limits = Limits(1, rebalance.moves, horizon_s=rebalance.horizon_s, least_gain=rebalance.least_gain)
-        self._staging = meshed and rebalance.enabled
-        self._frozen = False
+        self._staging = staging
+        self._frozen = self._decided.frozen
         self._balancedness = 1.0
         self._counted: dict[str, tuple[int, float]] = {}
         """`pairs` and `busy_s` of each shard when the loads were last looked at."""
@@ -73,6 +103,11 @@ class Controller:
         )
         self._tasks: list[asyncio.Task[None]] = []
 
+    def check_health(self) -> None:
+        """Raises once another controller has taken office, so that Serve ends this one."""
+        if self._deposed is not None:
+            raise self._deposed
+
     # -- shards -------------------------------------------------------------------------------------------------
 
     async def join(self, request: JoinRequest) -> Lease | None:
@@ -82,6 +117,7 @@ class Controller:
 
     async def heartbeat(self, report: ShardReport) -> Orders | None:
         """Takes a shard's report; what it is to hold, or None if the shard must join (again)."""
+        self._keep_house()
         if not self._members.heartbeat(report):
             return None
         self._follow_up()
@@ -90,6 +126,11 @@ class Controller:
     async def leave(self, shard: str) -> None:
         """A shard goes: its experts are for the next one that joins."""
         self._members.leave(shard)
+        self._follow_up()
+
+    async def leaving(self, shard: str) -> None:
+        """A shard goes as soon as others serve its experts: its orders say when."""
+        self._members.leaving(shard)
         self._follow_up()
 
     # -- attention replicas -------------------------------------------------------------------------------------
@@ -102,9 +143,9 @@ class Controller:
         """
         deadline = time.monotonic() + wait_s
         while True:
+            self._keep_house()
             table = self._members.table()
-            settled = time.monotonic() - self._started > 2 * self._config.experts.heartbeat_timeout_s
-            if table.epoch > known_epoch and (table.missing == 0 or settled):
+            if table.epoch > known_epoch and (table.missing == 0 or self._settled):
                 return table.to_json()
             left = deadline - time.monotonic()
             if left <= 0:
@@ -119,7 +160,12 @@ class Controller:
         """Takes an attention replica's report."""
         self._keep_house()
         self._members.report(report)
-        self._follow_up()
+        self._expire()
+
+    @property
+    def _settled(self) -> bool:
+        """Whether those that this controller doesn't know yet had time to come back to it."""
+        return time.monotonic() - self._started > 2 * self._config.experts.heartbeat_timeout_s
 
     # -- admin --------------------------------------------------------------------------------------------------
 
@@ -146,6 +192,7 @@ class Controller:
                 "node": m.node,
                 "index": m.index,
                 "ready": m.target is not None,
+                "leaving": m.leaving,
                 "addresses": list(m.target.addresses) if m.target else [],
                 "experts": int((members.slots[m.index] >= 0).sum()),
                 "seen_s": round(now - m.seen, 3),
@@ -173,6 +220,7 @@ class Controller:
             },
             "attention": attention,
             "shards": shards,
+            "wanted": self._scaling.numbers,
         }
 
     async def placement(self) -> dict[str, Any]:
@@ -214,7 +262,13 @@ class Controller:
     async def freeze(self, frozen: bool) -> dict[str, Any]:
         """Stops re-placing by itself, or starts again. Moves on their way are finished."""
         self._frozen = frozen
+        self._remember()
         return {"frozen": frozen}
+
+    async def scale(self, attention: Request = None, experts: Request = None) -> dict[str, int | None]:
+        """Sets how many replicas there are to be, `auto` for what the signals or the configuration say; what is wanted
+        then. Raises ValueError for a number that can't be."""
+        return self._scaling.scale(attention, experts)
 
     async def loads(self) -> dict[str, Any]:
         """Tokens dispatched: `tokens[layer][expert]`, lately `rows_a_second[layer][expert]`; layers in which traffic
@@ -232,14 +286,16 @@ class Controller:
 
     def _situation(self) -> Situation:
         members = self._members
-        serving = members.serving()
+        serving = members.present()
         ready = np.zeros(len(members.slots), dtype=bool)
         ready[list(serving)] = True
         return Situation(
-            slots=without_staging(members.slots) if self._staging else members.slots.copy(),
+            slots=planning_slots(members.slots, members.usual(), self._staging),
             loads=self._planner.current(members.loads(), time.monotonic()),
             rates=measured_rates({index: self._lately(m) for index, m in serving.items()}, len(members.slots)),
             ready=ready,
+            settled=self._takeover.settled,
+            usual=members.usual(),
             expert_bytes=self._expert_bytes // self._logical_experts,
             bytes_a_second=_bandwidth(serving.values()),
         )
@@ -279,32 +335,80 @@ class Controller:
             except Exception:  # a bug in planning must not end it: serving doesn't depend on it
                 log.exception("no plan was made")
 
+    def __del__(self) -> None:
+        """Serve calls it when the application is removed: the next one begins with what its configuration says."""
+        if (targets := getattr(self, "_targets", None)) is not None:
+            self._targets = None
+            targets.clear()
+
     # -- housekeeping -------------------------------------------------------------------------------------------
 
     def _follow_up(self) -> None:
-        """To be called when something has changed: moves go on, watchers get the new table."""
+        """To be called when something has changed: experts change hands, moves go on, watchers get the new table."""
+        self._takeover.advance()
         self._replacement.advance()
+        self._remember()
         if self._members.epoch != self._announced:
             self._announced = self._members.epoch
             changed, self._changed = self._changed, asyncio.Event()
             changed.set()
 
+    def _remember(self) -> None:
+        """Writes down what has been decided since the last time, for the controller after this one."""
+        decided, slots = self._decided, self._members.slots
+        if np.array_equal(decided.slots, slots) and decided.frozen == self._frozen:
+            return
+        self._decided = PlacementState(decided.of, slots.copy(), self._frozen)
+        try:
+            self._office.save(self._decided)
+        except Deposed as deposed:
+            self._deposed = deposed
+        except Exception:  # Ray's head is away: it is written with the next change
+            log.exception("the placement could not be written down")
+
     def _keep_house(self) -> None:
+        """Starts what goes on by itself. Raises Deposed if another controller is in office: none may follow this."""
+        if self._deposed is not None:
+            raise self._deposed
         if self._tasks and not any(task.done() for task in self._tasks):
             return
         for task in self._tasks:
             task.cancel()
         loop = asyncio.get_running_loop()
         self._tasks = [loop.create_task(self._expire_forever())]
+        scaling = self._config.autoscaling
+        if scaling.attention is not None or scaling.experts is not None:
+            self._tasks.append(loop.create_task(self._scale_forever()))
         if self._staging:
             self._tasks.append(loop.create_task(self._rebalance_forever()))
 
+    async def _scale_forever(self) -> None:
+        while True:
+            await asyncio.sleep(self._config.autoscaling.interval_s)
+            try:
+                self._scaling.decide(self._balancedness, time.monotonic())
+            except Exception:  # the numbers stay as they are
+                log.exception("the signals could not be looked at")
+
     async def _expire_forever(self) -> None:
         while True:
-            await asyncio.sleep(self._config.experts.heartbeat_interval_s)
-            if gone := self._members.expire():
-                log.warning("not heard of for %g s: %s", self._config.experts.heartbeat_timeout_s, ", ".join(gone))
-                self._follow_up()
+            await asyncio.sleep(self._config.experts.heartbeat_interval_s / 2)
+            try:
+                await asyncio.to_thread(self._office.check)
+            except Deposed as deposed:
+                self._deposed = deposed
+                log.error("this controller ends: %s", deposed)
+                return
+            except Exception:  # Ray's head is away
+                log.exception("nobody can say who is in office")
+            if self._settled:
+                self._members.give_up_starting()
+            self._expire()
+
+    def _expire(self) -> None:
+        if gone := self._members.expire():
+            log.warning("not heard of in time: %s", ", ".join(gone))
+        self._follow_up()
 
 
 def initial_slots(layers: int, experts: int, shards: int, redundancy: int, spare: int, staging: bool) -> IntArray:

@@ -38,6 +38,8 @@ def first_epoch(term: int) -> int:
 class PlacementState:
     """What a controller decided."""
 
+    of: str
+    """What it was decided for: another model or other settings make nothing of it."""
     slots: IntArray
     """[shards, layers, slots] expert ids, -1 where a slot is empty."""
     frozen: bool
@@ -45,7 +47,12 @@ class PlacementState:
     def to_bytes(self) -> bytes:
         """For `from_bytes`."""
         return json.dumps(
-            {"shape": self.slots.shape, "slots": self.slots.ravel().tolist(), "frozen": self.frozen}
+            {
+                "of": self.of,
+                "shape": self.slots.shape,
+                "slots": self.slots.ravel().tolist(),
+                "frozen": self.frozen,
+            }
         ).encode()
 
     @classmethod
@@ -54,7 +61,7 @@ class PlacementState:
         try:
             told = json.loads(data)
             slots = np.array(told["slots"], dtype=np.int32).reshape(told["shape"])
-            return cls(slots, bool(told["frozen"]))
+            return cls(str(told["of"]), slots, bool(told["frozen"]))
         except (KeyError, TypeError, OverflowError) as error:
             raise ValueError(f"not a placement: {error!r}") from error
 
@@ -117,10 +124,10 @@ class RayKeyValues:
 class Office:
     """A controller's term."""
 
-    def __init__(self, store: KeyValues, model: str) -> None:
-        """Takes the next term. model: the checkpoint's revision; another one's placement says nothing here."""
+    def __init__(self, store: KeyValues, application: str) -> None:
+        """Takes the next term of an application's controllers."""
         self._store = store
-        self._prefix = f"controller/{model}"
+        self._prefix = f"controller/{application}"
         before = self._terms()
         self.term = before[-1] if before else 0
         while True:

@@ -27,12 +27,16 @@ class Situation:
     """What a plan is made for."""
 
     slots: IntArray
-    """[shards, layers, P] without staging slots."""
+    """[shards, layers, P] without staging slots (`planning_slots`)."""
     loads: Loads
     rates: Floats
     """[shards] rows a second."""
     ready: np.ndarray[Any, np.dtype[np.bool_]]
-    """[shards]"""
+    """[shards] which may be used."""
+    settled: bool
+    """Whether experts are where they are to be: nothing is planned while shards come, leave or load."""
+    usual: int
+    """Experts of a layer that a shard is to hold: where one holds more, no empty slot is filled."""
     expert_bytes: int
     bytes_a_second: float
 
@@ -82,19 +86,24 @@ class Planner:
 
     def moves(self, situation: Situation) -> list[Move]:
         """What to do now, in the order of its steps; nothing if nothing pays. CPU work: up to seconds."""
+        if not (situation.settled and situation.ready.any()):
+            return []
         loads = situation.loads.rows_a_second
+        crowded = situation.slots.shape[2] > situation.usual
+        free_bytes = np.zeros(len(situation.slots), dtype=np.int64) if crowded else None
         wanting = repair(
             situation.slots,
             loads,
             redundancy=self._redundancy,
             rates=situation.rates,
-            ready=np.ones(len(situation.slots), dtype=bool),
+            ready=situation.ready,
+            free_bytes=free_bytes,
             expert_bytes=situation.expert_bytes,
         )
         if wanting.moves:
             return wanting.moves
         informed = (situation.loads.tokens.sum(axis=1) >= _LEAST_TOKENS_AN_EXPERT * loads.shape[1]).all()
-        if not informed or not situation.ready.all():
+        if not informed:
             return []
         return plan(
             situation.slots,
@@ -102,19 +111,20 @@ class Planner:
             redundancy=self._redundancy,
             rates=situation.rates,
             ready=situation.ready,
+            free_bytes=free_bytes,
             limits=replace(self._limits, expert_bytes=situation.expert_bytes, bytes_a_second=situation.bytes_a_second),
         )
 
 
-def without_staging(slots: IntArray) -> IntArray:
-    """[shards, layers, P] of [shards, layers, P + 1]: experts first, the empty slots last, one of these left out.
+def planning_slots(slots: IntArray, usual: int, staging: bool) -> IntArray:
+    """[shards, layers, P] of [shards, layers, slots]: experts first, then empty slots, of which some are left out.
 
-    Raises ValueError if a layer of a shard has no empty slot.
+    P is `usual`, the experts of a layer that a shard is to hold, or more where a shard holds more: what is left out is
+    for staging, and for taking over what others held.
     """
     ordered = np.take_along_axis(slots, np.argsort(slots < 0, axis=2, kind="stable"), axis=2)
-    if (ordered[:, :, -1] >= 0).any():
-        raise ValueError("a shard has no staging slot left in some layer")
-    return ordered[:, :, :-1]
+    held = int((slots >= 0).sum(axis=2).max(initial=0))
+    return ordered[:, :, : max(held, min(usual, slots.shape[2] - staging))]
 
 
 def measured_rates(stats: Mapping[int, Mapping[str, Any]], shards: int) -> Floats:

@@ -3,8 +3,8 @@
 Each shard has a staging slot a layer beside those that it is leased. A move loads its expert there. Once the shard
 says that it serves it, the new copy is in the routing table, and the copy that goes may be withdrawn from it as soon
 as that leaves the expert its redundancy. When every attention replica goes by the new table the slot is emptied: it is
-the next staging slot. Nothing waits for a move: if a shard goes away or can't load, its move is abandoned and the rest
-goes on.
+the next staging slot. A move that only drops a copy begins with the withdrawal. Nothing waits for a move: if a shard
+goes away or can't load, its move is abandoned and the rest goes on.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Running:
 
     move: Move
     staging: int
-    """Slot that gets the new copy."""
+    """Slot that gets the new copy; -1 if the move only drops one."""
     state: State = State.LOADING
     leaving: int = -1
     """Slot that is emptied after the drain."""
@@ -105,9 +105,12 @@ class Replacement:
         taken = {r.staging for r in self.running if (r.move.shard, r.move.layer) == (move.shard, move.layer)}
         free = [slot for slot in empty if slot not in taken]
         lacks = move.dropped >= 0 and move.dropped not in row
-        if move.shard not in members.serving() or not free or move.added in row or lacks:
+        drops = move.added < 0
+        if move.shard not in members.serving() or lacks or not (drops or (free and move.added not in row)):
             why = "the placement has changed since it was planned"
             return Running(move, -1, State.ABANDONED, why=why)
+        if drops:
+            return Running(move, -1, State.SERVING)
         members.slots[move.shard, move.layer, free[0]] = move.added
         log.info("begins: %s", move)
         return Running(move, free[0])
@@ -141,6 +144,9 @@ class Replacement:
             self._end(running)
         elif self._members.copies(move.layer, move.dropped) > self._redundancy:
             self._withdraw(running, self._slot_of(move))
+        elif running.staging < 0:
+            running.why = f"expert {move.dropped} would have fewer than {self._redundancy} copies"
+            self._end(running)
         elif not any(other.state is State.LOADING for other in self.running):
             # What was to take the dropped expert over did not come: the new copy goes again.
             running.why = f"expert {move.dropped} would have fewer than {self._redundancy} copies"
@@ -159,7 +165,9 @@ class Replacement:
     def _shard_left(self, running: Running) -> None:
         """Whoever takes its place loads what is leased then."""
         if running.state in (State.LOADING, State.SERVING):
-            self._abandon(running, "its shard left")
+            running.why = "its shard left"
+            if running.staging >= 0:
+                self._abandon(running, running.why)
         elif running.state is State.DRAINING:
             self._empty(running)
         self._end(running)

@@ -4,8 +4,10 @@ vLLM builds the whole model with as many experts as the shard has slots, everyth
 experts (routing.vllm_plugin, role `shard`), and its own `load_weights` maps the tensors. So kernels, activations,
 biases, fused layouts and quantised formats are vLLM's, for every model family that it knows, without a table here.
 
-An expert that comes later takes the same way: a second, small model with just its slot is built beside the serving
-one, loaded and processed, and its rows are copied over while no batch is computed.
+Experts come and go while it serves, a few layers at a time. Where a layer has a slot for what comes, a small model with
+just these experts is built beside the serving one, loaded and processed, and its rows are copied over while no batch is
+computed. Where it has none, the layer's module is built anew with more slots, the experts that come are loaded into it,
+those that stay are copied over, and the two change places.
 """
 
 from __future__ import annotations
@@ -33,7 +35,7 @@ from vllm.utils.torch_utils import set_default_torch_dtype
 
 from expertmesh.deployments.experts.server import NotHeld
 from expertmesh.errors import CheckpointError
-from expertmesh.platform.checkpoints import Checkpoint, ExpertLayout
+from expertmesh.platform.checkpoints import Checkpoint, ExpertLayout, Wanted
 from expertmesh.platform.checkpoints.expert_layout import EXPERT_COUNT_KEYS
 from expertmesh.routing.placement.static import IntArray
 from expertmesh.routing.vllm_plugin import MeshSettings, Role
@@ -52,6 +54,11 @@ _TOP_K_KEYS = (
 )
 _GROUP_KEYS = ("n_group", "topk_group", "num_expert_group")
 _EXPERT_PART = re.compile(r"((?:^|\.)experts\.)\d+(?=\.)")
+_LAYERS_AT_ONCE = 8
+"""Layers that are loaded together: their experts serve while the next ones are read."""
+
+Progress = Callable[[], None]
+"""Called when more experts are served than before."""
 
 
 def _for_slots(slots: int) -> Callable[[Any], Any]:
@@ -84,17 +91,22 @@ class ExpertBank:
         self._checkpoint = checkpoint
         self._layout = layout
         self._dtype = dtype
-        self._slots = slots.copy()
+        self._base = slots.shape[1]
+        self._slots = np.full_like(slots, -1)
         self._computing = threading.Lock()
         self._open = ExitStack()
         load_general_plugins()
         if hasattr(current_platform, "import_kernels"):
             current_platform.import_kernels()
-        config = self._engine_config(slots.shape[1], layout.layers)
+        config = self._engine_config(self._base, layout.layers)
         self.dtype = str(config.model_config.dtype).removeprefix("torch.")
         self.width = int(config.model_config.get_hidden_size())
-        self._modules = self._build(config, dict(zip(layout.layers, slots.tolist(), strict=True)))
-        self._slot_of = {layer: self._lookup(held) for layer, held in zip(layout.layers, slots, strict=True)}
+        self._modules: dict[int, RoutedExperts] = {}
+        """By layer number; none where no expert was held yet."""
+        self._room = [0] * len(layout.layers)
+        """Slots of each layer's module."""
+        self._slot_of = {layer: self._lookup(held) for layer, held in zip(layout.layers, self._slots, strict=True)}
+        self.load(slots)
         self._open.enter_context(set_forward_context(None, config))
 
     @property
@@ -102,34 +114,84 @@ class ExpertBank:
         """The experts that are served now: [layers, slots] expert ids, -1 where a slot is empty."""
         return self._slots.copy()
 
-    def load(self, wanted: IntArray) -> None:
+    def load(self, wanted: IntArray, progress: Progress | None = None) -> None:
         """Makes `wanted` [layers, slots] what is held, reading just the experts that are new; takes seconds.
 
-        Computing goes on meanwhile. Experts that go are refused from the beginning on, those that come are served from
-        the end on. Raises CheckpointError if a tensor does not arrive; what was to go is gone then, nothing has come.
+        wanted may have more slots than before, or fewer. Computing goes on meanwhile. Experts that go are refused from
+        the beginning on; those that come are served as soon as their layers are loaded, a few layers at a time, and
+        `progress` is called after each of these. Raises CheckpointError if a tensor does not arrive; what was to go is
+        gone then, and of what was to come only whole layers are there.
         """
-        changed = np.argwhere(self._slots != wanted).tolist()
-        with self._computing:
-            for layer, slot in changed:
-                self._put(layer, slot, -1)
-        fresh: dict[int, list[int]] = {}
-        for layer, slot in changed:
-            if wanted[layer, slot] >= 0:
-                fresh.setdefault(layer, []).append(slot)
-        if not fresh:
-            return
-        width = max(map(len, fresh.values()))
         layers = self._layout.layers
+        width = max(self._slots.shape[1], wanted.shape[1])
+        wanted = _padded(wanted, width)
+        with self._computing:
+            self._slots = _padded(self._slots, width)
+            for position, slot in np.argwhere(self._slots != wanted).tolist():
+                self._put(position, slot, -1)
+        rooms = self._rooms_for(wanted)
+        changed = [i for i in range(len(layers)) if (self._slots[i] != wanted[i]).any()]
+        filled = [i for i in changed if rooms[i] == self._room[i]]
+        for some in _batches(filled):
+            self._fill(some, wanted)
+            if progress is not None:
+                progress()
+        for room in sorted(set(rooms)):
+            for some in _batches([i for i in range(len(layers)) if rooms[i] == room != self._room[i]]):
+                self._rebuild(some, wanted[:, :room])
+                if progress is not None:
+                    progress()
+        with self._computing:
+            self._slots = self._slots[:, : max(self._base, *self._room)]
+
+    def _rooms_for(self, wanted: IntArray) -> list[int]:
+        """Slots that each layer's module needs for `wanted` [layers, slots]; 0 where none is needed yet.
+
+        Layers that need more than they have get the same number. Those that need no more than the first lease had go
+        back to that.
+        """
+        used = [int(np.flatnonzero(row >= 0).max(initial=-1)) + 1 for row in wanted]
+        most = max(used)
+        return [
+            0 if not need and not has else self._base if need <= self._base else has if need <= has else most
+            for need, has in zip(used, self._room, strict=True)
+        ]
+
+    def _rebuild(self, positions: Sequence[int], wanted: IntArray) -> None:
+        """Gives the layers at `positions` modules with as many slots as `wanted` [layers, room] has, and what it asks
+        for in them."""
+        room = wanted.shape[1]
+        held = self._slots[:, :room]
+        layers = {position: self._layout.layers[position] for position in positions}
+        fresh = {layers[p]: np.where(wanted[p] == held[p], np.int32(-1), wanted[p]).tolist() for p in positions}
+        built = self._build(self._engine_config(room, tuple(fresh)), fresh)
+        for position, layer in layers.items():
+            stay = np.flatnonzero(held[position] >= 0).tolist()
+            if stay:
+                _copy_experts(self._modules[layer], stay, built[layer], stay)
+            with self._computing:
+                self._modules[layer] = built[layer]
+                self._room[position] = room
+                for slot, expert in enumerate(fresh[layer]):
+                    if expert >= 0:
+                        self._put(position, slot, expert)
+
+    def _fill(self, positions: Sequence[int], wanted: IntArray) -> None:
+        """Loads what `wanted` [layers, slots] asks for into empty slots of the modules at `positions`."""
+        layers = self._layout.layers
+        fresh = {p: np.flatnonzero((wanted[p] >= 0) & (wanted[p] != self._slots[p])).tolist() for p in positions}
+        width = max(map(len, fresh.values()))
         staged_slots = {
-            layers[layer]: [int(wanted[layer, slot]) for slot in slots] + [-1] * (width - len(slots))
-            for layer, slots in fresh.items()
+            layers[p]: [int(wanted[p, slot]) for slot in slots] + [-1] * (width - len(slots))
+            for p, slots in fresh.items()
         }
         staged = self._build(self._engine_config(width, tuple(staged_slots)), staged_slots)
-        for layer, slots in fresh.items():
+        for position, slots in fresh.items():
+            layer = layers[position]
             for row, slot in enumerate(slots):
                 with self._computing:  # one expert at a time: no batch waits for more
-                    _copy_expert(staged[layers[layer]], row, self._modules[layers[layer]], slot)
-                    self._put(layer, slot, int(wanted[layer, slot]))
+                    _copy_experts(staged[layer], [row], self._modules[layer], [slot])
+                    self._put(position, slot, int(wanted[position, slot]))
 
     def _put(self, layer: int, slot: int, expert: int) -> None:
         self._slots[layer, slot] = expert
@@ -196,18 +258,20 @@ class ExpertBank:
 
     def _weights(self, slots: Mapping[int, Sequence[int]]) -> Iterator[tuple[str, torch.Tensor]]:
         """The tensors of the experts in `slots`, named as if slot numbers were expert ids."""
+        names: list[str] = []
+        wanted: list[Wanted] = []
         for layer, held in slots.items():
             if self._layout.fused:
-                filled = [slot for slot, expert in enumerate(held) if expert >= 0]
-                for name in self._layout.names(layer, 0):
-                    rows = self._checkpoint.read_rows(name, [held[slot] for slot in filled])
-                    tensor = rows.new_zeros(len(held), *rows.shape[1:])
-                    tensor[filled] = rows
-                    yield name, tensor
+                rows = [expert if expert >= 0 else None for expert in held]
+                fused = self._layout.names(layer, 0) if any(row is not None for row in rows) else ()
+                names += fused
+                wanted += (Wanted(name, rows) for name in fused)
                 continue
             for slot, expert in enumerate(held):
                 for name in self._layout.names(layer, expert) if expert >= 0 else ():
-                    yield _EXPERT_PART.sub(rf"\g<1>{slot}", name), self._checkpoint.read(name)
+                    names.append(_EXPERT_PART.sub(rf"\g<1>{slot}", name))
+                    wanted.append(Wanted(name))
+        return zip(names, self._checkpoint.read_each(wanted), strict=True)
 
     def _lookup(self, held: IntArray) -> torch.Tensor:
         """[experts] int64: slot of each expert in `held` [slots], -1 where it is not."""
@@ -218,17 +282,28 @@ class ExpertBank:
         return row
 
 
-def _copy_expert(source: RoutedExperts, row: int, target: RoutedExperts, slot: int) -> None:
-    """Copies one expert's part of every processed tensor. Raises CheckpointError for a tensor that has no such part."""
+def _batches(positions: Sequence[int]) -> list[Sequence[int]]:
+    return [positions[at : at + _LAYERS_AT_ONCE] for at in range(0, len(positions), _LAYERS_AT_ONCE)]
+
+
+def _padded(slots: IntArray, width: int) -> IntArray:
+    """[layers, width] of [layers, slots]: with empty slots added where there are fewer."""
+    return np.pad(slots, ((0, 0), (0, max(0, width - slots.shape[1]))), constant_values=-1)
+
+
+def _copy_experts(source: RoutedExperts, rows: Sequence[int], target: RoutedExperts, slots: Sequence[int]) -> None:
+    """Copies experts, from `rows` into `slots`, in every processed tensor. Raises CheckpointError for a tensor that has
+    no such part."""
     tensors = dict(target.named_parameters()) | dict(target.named_buffers())
     for name, fresh in [*source.named_parameters(), *source.named_buffers()]:
         held = tensors[name]
-        if not fresh.ndim or held.shape[1:] != fresh.shape[1:] or slot >= len(held) or row >= len(fresh):
+        if not fresh.ndim or held.shape[1:] != fresh.shape[1:] or max(slots) >= len(held) or max(rows) >= len(fresh):
             raise CheckpointError(
                 f"{target.layer_name}: {name} of shape {tuple(held.shape)} has no part for one expert; "
                 "this format can't be re-placed while it serves (routing.rebalance.enabled: false)"
             )
-        held.data[slot].copy_(fresh.data[row])
+        for row, slot in zip(rows, slots, strict=True):
+            held.data[slot].copy_(fresh.data[row])
 
 
 Forward = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]

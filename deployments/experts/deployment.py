@@ -1,18 +1,27 @@
-"""The expert deployment: each replica leases experts, loads just those, and serves them on its own sockets."""
+"""The expert deployment: each replica leases experts, loads just those, and serves them on its own sockets.
+
+It serves an expert as soon as it is loaded. When it is told to stop, or its node is about to be taken away, it says so
+to the controller and serves on until others have its experts.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
+from collections.abc import Coroutine
 from dataclasses import asdict
 from typing import Any
 
+import httpx
 import numpy as np
 from ray.serve.handle import DeploymentHandle
 
 from expertmesh.deployments.experts.shard import Shard, ShardSettings, new_shard_id
 from expertmesh.deployments.messages import JoinRequest, Lease, Orders, ShardReport
-from expertmesh.deployments.runtime import bind_host, mesh_secret, node_id, prepare_replica
+from expertmesh.deployments.runtime import bind_host, drain_node, mesh_secret, node_id, prepare_replica
+from expertmesh.errors import CheckpointError
+from expertmesh.platform.autoscaling.spot import InstanceMetadata
 from expertmesh.platform.checkpoints.source import model_folder
 from expertmesh.platform.config import MeshConfig
 from expertmesh.routing.placement import Target
@@ -20,6 +29,14 @@ from expertmesh.routing.placement.static import IntArray
 from expertmesh.routing.wire import Limits
 
 log = logging.getLogger("expertmesh.experts")
+
+_STUCK_DEADLINES = 3
+"""A batch that takes so many times a frame's deadline never ends: nobody waits for it any more."""
+
+_NOTICE_S = 5.0
+"""Between two questions to the metadata service; a notice comes two minutes before."""
+_ANSWER_S = 5.0
+"""How long a shard that is told to stop waits for the controller's ear, which may be stopping too."""
 
 
 class ExpertShard:
@@ -36,21 +53,53 @@ class ExpertShard:
         self._epoch = 0
         self._failed: tuple[IntArray, str] | None = None
         self._loading: asyncio.Task[None] | None = None
+        self._news = asyncio.Event()
+        """There is something that the controller should know before the next heartbeat."""
+        self._released = asyncio.Event()
+        self._ending = False
+        loop = asyncio.get_running_loop()
         self._lease = await self._join(None)
-        self._beating = asyncio.get_running_loop().create_task(self._beat())
+        self._beating = loop.create_task(self._beat())
+        self._watching = loop.create_task(self._watch_node())
         try:
-            self._shard = await asyncio.to_thread(self._load, self._lease)
+            self._shard = shard = await asyncio.to_thread(self._open, self._lease)
+            shard.start()
+            self._loading = loop.create_task(self._obey(shard, self._lease.slots))
+            await self._loading
+            if self._failed is not None:
+                raise CheckpointError(self._failed[1])
         except BaseException:
-            self._beating.cancel()
+            self._close()
             await self._controller.leave.remote(self._id)
             raise
-        self._shard.start()
         await self._report()
 
     async def _beat(self) -> None:
         while True:
-            await asyncio.sleep(self._config.experts.heartbeat_interval_s)
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._news.wait(), self._config.experts.heartbeat_interval_s)
+            self._news.clear()
             await self._report()
+
+    async def _watch_node(self) -> None:
+        """Leaves, and has Serve replace every replica of this node, once it is about to be taken away."""
+        url = self._config.experts.spot_notice_url
+        if url is None:
+            return
+        async with InstanceMetadata(url) as metadata:
+            notice = None
+            while notice is None:
+                await asyncio.sleep(_NOTICE_S)
+                try:
+                    notice = await metadata.notice()
+                except (httpx.HTTPError, ValueError) as error:
+                    log.warning("no word about this node's future: %r", error)
+        log.warning("this node gets %s at %s: its replicas go elsewhere", notice.action, notice.at)
+        try:
+            await self._controller.leaving.remote(self._id)
+            drain_node(self._node, notice.at)
+        except Exception:  # then it goes without a handover, like one that dies
+            log.exception("node %s can't be drained", self._node)
 
     async def _join(self, held: int | None) -> Lease:
         while True:
@@ -63,7 +112,8 @@ class ExpertShard:
                 raise RuntimeError(f"shard {self._id} was away and its experts went to another")
             await asyncio.sleep(self._config.experts.heartbeat_interval_s)
 
-    def _load(self, lease: Lease) -> Shard:
+    def _open(self, lease: Lease) -> Shard:
+        """A shard with room for the lease and no expert yet."""
         routing, experts = self._config.routing, self._config.experts
         settings = ShardSettings(
             folder=model_folder(self._config.model),
@@ -74,15 +124,16 @@ class ExpertShard:
             limits=Limits(routing.max_frame_rows, routing.max_frame_mib << 20),
             max_batch_rows=experts.max_batch_rows,
         )
-        return Shard(settings, mesh_secret(self._config), lease.slots, self._id)
+        return Shard(settings, mesh_secret(self._config), np.full_like(lease.slots, -1), self._id)
 
     async def _report(self) -> None:
         shard = self._shard
-        target = Target(self._id, self._node, tuple(shard.addresses)) if shard is not None else None
-        held, stats = None, {}
+        target, held, stats = None, None, {}
+        if shard is not None and ((slots := shard.slots) >= 0).any():
+            target, held = Target(self._id, self._node, tuple(shard.addresses)), slots
         if shard is not None:
-            held = shard.slots
-            stats = {**asdict(shard.stats), "bytes_read": shard.bytes_read, "load_s": shard.load_s}
+            read = {"bytes_read": shard.bytes_read, "bytes_fetched": shard.bytes_fetched}
+            stats = {**asdict(shard.stats), **read, "load_s": shard.load_s}
         failed, why = self._failed or (None, "")
         try:
             orders: Orders | None = await asyncio.wait_for(
@@ -94,8 +145,12 @@ class ExpertShard:
             return
         if orders is None:
             await self._join(self._lease.index)
-        elif shard is not None:
+            if self._ending:  # the controller that was told so is gone
+                await self._controller.leaving.remote(self._id)
+        elif shard is not None and orders.epoch >= self._epoch:  # lower: a controller that has been deposed
             self._epoch = shard.server.epoch = orders.epoch
+            if orders.released:
+                self._released.set()
             if orders.slots is not None and (self._loading is None or self._loading.done()):
                 self._loading = asyncio.get_running_loop().create_task(self._obey(shard, orders.slots))
 
@@ -103,13 +158,18 @@ class ExpertShard:
         """Loads what was ordered and says so; a failure is told once for the same orders."""
         if self._failed is not None and np.array_equal(self._failed[0], slots):
             return
+        loop = asyncio.get_running_loop()
+
+        def progress() -> None:
+            loop.call_soon_threadsafe(self._news.set)
+
         try:
-            await asyncio.to_thread(shard.load, slots)
+            await asyncio.to_thread(shard.load, slots, progress)
             self._failed = None
         except Exception as error:  # the shard serves on with what it has; the controller plans without this
             log.exception("shard %s could not load what it was ordered to", self._id)
             self._failed = (slots, f"{type(error).__name__}: {error}")
-        await self._report()
+        self._news.set()
 
     def check_health(self) -> None:
         """Raises if the shard can't serve any more, so that Serve replaces it."""
@@ -117,11 +177,37 @@ class ExpertShard:
             self._beating.result()
         if self._shard is not None and not self._shard.server.alive:
             raise RuntimeError(f"data plane of shard {self._id} ended: {self._shard.server.failure!r}")
+        if (
+            self._shard is not None
+            and self._shard.stats.stuck_s > _STUCK_DEADLINES * self._config.routing.frame_deadline_ms / 1000
+        ):
+            raise RuntimeError(f"a batch on shard {self._id} has taken {self._shard.stats.stuck_s:.0f} s")
 
-    def __del__(self) -> None:
-        if (beating := getattr(self, "_beating", None)) is not None:
-            beating.cancel()
-        if (shard := getattr(self, "_shard", None)) is not None:
+    async def _leave(self) -> None:
+        """Serves on until others have its experts, in bounded time, and ends."""
+        heard = False
+        try:
+            await asyncio.wait_for(self._controller.leaving.remote(self._id), _ANSWER_S)
+            heard = True
+            self._news.set()
+            await asyncio.wait_for(self._released.wait(), self._config.experts.handover_timeout_s)
+        except Exception as error:  # away, or nobody has room: what others can't take over is gone for now
+            log.warning("shard %s ends without a handover: %r", self._id, error)
+        self._close()
+        if heard:
+            with contextlib.suppress(Exception):
+                await asyncio.wait_for(self._controller.leave.remote(self._id), _ANSWER_S)
+
+    def _close(self) -> None:
+        self._beating.cancel()
+        self._watching.cancel()
+        if (shard := self._shard) is not None:
             self._shard = None
             shard.stop()
-            self._controller.leave.remote(self._id)
+
+    def __del__(self) -> Coroutine[Any, Any, None] | None:
+        """Serve calls it when the replica is told to stop, and awaits what it returns."""
+        if getattr(self, "_shard", None) is None or self._ending:
+            return None
+        self._ending = True
+        return self._leave()

@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from expertmesh.deployments.experts.bank import ExpertBank
+from expertmesh.deployments.experts.bank import ExpertBank, Progress
+from expertmesh.deployments.experts.memory import available_bytes
 from expertmesh.deployments.experts.server import FrameServer, ServerStats
 from expertmesh.platform.checkpoints import checkpoint_revision, expert_layout, open_checkpoint
 from expertmesh.routing.placement.static import IntArray
@@ -35,6 +36,8 @@ class ShardSettings:
     max_batch_rows: int = 8192
 
 
+_ROOM = 1.25
+"""Memory to be free for experts that come, as a multiple of their bytes: layers that are built anew exist twice."""
 _SWITCH_INTERVAL_S = 5e-4
 """How long the data plane waits at most for Python's lock while experts are loaded."""
 
@@ -63,8 +66,10 @@ class Shard:
         self.shard_id = shard_id or new_shard_id()
         sys.setswitchinterval(_SWITCH_INTERVAL_S)
         checkpoint = self._checkpoint = open_checkpoint(settings.folder)
+        layout = expert_layout(checkpoint)
+        self._expert_bytes = layout.total_expert_bytes // (len(layout.layers) * layout.num_experts)
         begin = time.monotonic()
-        self.bank = ExpertBank(checkpoint, expert_layout(checkpoint), slots, settings.dtype, settings.threads)
+        self.bank = ExpertBank(checkpoint, layout, slots, settings.dtype, settings.threads)
         self.load_s = time.monotonic() - begin
         """Seconds spent loading so far."""
         listeners = [listen(address) for address in self._wanted(settings)]
@@ -88,15 +93,26 @@ class Shard:
         return self._checkpoint.bytes_read
 
     @property
+    def bytes_fetched(self) -> int:
+        """Bytes that came over the network for that; 0 from a disk."""
+        return self._checkpoint.bytes_fetched
+
+    @property
     def slots(self) -> IntArray:
         """[layers, slots] the experts that it serves now, -1 where a slot is empty."""
         return self.bank.slots
 
-    def load(self, wanted: IntArray) -> None:
-        """Makes `wanted` [layers, slots] what it serves, while it serves; seconds. Raises CheckpointError."""
+    def load(self, wanted: IntArray, progress: Progress | None = None) -> None:
+        """Makes `wanted` [layers, slots] what it serves, while it serves; seconds. See `ExpertBank.load`.
+
+        Raises CheckpointError, and MemoryError if there is no room for what comes; nothing has changed then.
+        """
         begin = time.monotonic()
+        more = (int((wanted >= 0).sum()) - int((self.bank.slots >= 0).sum())) * self._expert_bytes
+        if more > 0 and more * _ROOM > (free := available_bytes()):
+            raise MemoryError(f"{more >> 20} MiB of experts do not fit into {free >> 20} MiB that are free")
         try:
-            self.bank.load(wanted)
+            self.bank.load(wanted, progress)
         finally:
             self.load_s += time.monotonic() - begin
 

@@ -1,4 +1,6 @@
-"""The command line: `expertmesh serve | demo | status | placement | render | config | version`.
+"""The command line, `expertmesh` and one of
+
+`serve | demo | status | scale | push | placement | kv | render | aws | keys | config | version`.
 
 Each command imports what it needs when it runs, so that `--help` and `config` answer at once.
 """
@@ -13,9 +15,14 @@ import typer
 
 import expertmesh
 from expertmesh.errors import ExpertMeshError
+from expertmesh.platform.cli.aws import aws_app
 from expertmesh.platform.cli.config import config_app
+from expertmesh.platform.cli.keys import keys_app
+from expertmesh.platform.cli.kv import kv_app
 from expertmesh.platform.cli.placement import placement_app
+from expertmesh.platform.cli.push import push
 from expertmesh.platform.cli.render import render_app
+from expertmesh.platform.cli.scale import scale
 from expertmesh.platform.cli.serve import demo, serve
 from expertmesh.platform.cli.status import status
 
@@ -31,8 +38,13 @@ app = typer.Typer(
 app.command()(serve)
 app.command()(demo)
 app.command()(status)
+app.command()(scale)
+app.command()(push)
 app.add_typer(placement_app, epilog="Example: expertmesh placement plan")
+app.add_typer(kv_app, epilog="Example: expertmesh kv stats mesh.yaml")
 app.add_typer(render_app, epilog="Example: expertmesh render ray-cluster mesh.yaml --output cluster")
+app.add_typer(aws_app, epilog="Example: expertmesh aws plan examples/aws/infrastructure/gpu.yaml")
+app.add_typer(keys_app, epilog="Example: expertmesh keys create team-a --file keys.json")
 app.add_typer(config_app, epilog="Example: expertmesh config show mesh.yaml --set experts.shards=3")
 
 

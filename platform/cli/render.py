@@ -19,6 +19,10 @@ def _group() -> None:
 def ray_cluster(
     file: Annotated[Path, typer.Argument(help="YAML file with the sections `mesh` and `cluster`.")],
     output: Annotated[Path, typer.Option(help="Folder to write to.")] = Path(),
+    stack: Annotated[
+        Path | None,
+        typer.Option(help="What `expertmesh aws up --write` wrote; taken where FILE says nothing.", show_default=False),
+    ] = None,
 ) -> None:
     """Write `ray-cluster.yaml` for `ray up` and `serve.yaml` for `serve deploy`.
 
@@ -26,5 +30,5 @@ def ray_cluster(
     """
     from expertmesh.platform.render import render_ray_cluster
 
-    render_ray_cluster(file).write(output)
+    render_ray_cluster(file, stack).write(output)
     typer.echo(f"wrote ray-cluster.yaml and serve.yaml to {output}")

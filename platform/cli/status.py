@@ -40,7 +40,7 @@ def status(
 
     The exit code is 0 if its health is ok, 3 if it isn't, and 1 if it can't be reached.
 
-    A mesh that wants a key gets $EXPERTMESH_API_KEY.
+    A mesh that wants a key gets $EXPERTMESH_API_KEY, or what the file $EXPERTMESH_API_KEY_FILE holds.
 
     Example: expertmesh status --url http://10.0.0.7:8000 --watch
     """

@@ -15,14 +15,16 @@ from expertmesh.platform.client._models import (
     Placement,
     PlacementSummary,
     Plan,
+    Wanted,
 )
-from expertmesh.platform.client._settings import DEFAULT_URL, KEY_ENV, URL_ENV
+from expertmesh.platform.client._settings import DEFAULT_URL, KEY_ENV, KEY_FILE_ENV, URL_ENV
 from expertmesh.platform.client.client import AsyncClient, Client
 from expertmesh.platform.client.mesh import AsyncMesh, Mesh, RouteName
 
 __all__ = [
     "DEFAULT_URL",
     "KEY_ENV",
+    "KEY_FILE_ENV",
     "URL_ENV",
     "AsyncClient",
     "AsyncMesh",
@@ -38,4 +40,5 @@ __all__ = [
     "PlacementSummary",
     "Plan",
     "RouteName",
+    "Wanted",
 ]

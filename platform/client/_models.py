@@ -64,6 +64,8 @@ class ExpertShard(_Answer):
     node: str
     """Ray's node id."""
     ready: bool
+    leaving: bool = False
+    """It serves on until others have its experts, and goes."""
     addresses: list[str] = []
     """Where its data plane listens; empty while it loads."""
     experts: int
@@ -81,6 +83,10 @@ class ExpertShard(_Answer):
     """Frames answered with an error."""
     connections: int = 0
     """Open now."""
+    layer_pairs: dict[int, int] = {}
+    """`pairs` by the model's layer number."""
+    stuck_s: float = 0.0
+    """How long the kernel call at hand has taken."""
     bytes_read: int = 0
     """Of the checkpoint."""
 
@@ -107,6 +113,14 @@ class PlacementSummary(_Answer):
     """Whether re-placement by itself is switched off."""
 
 
+class Wanted(_Answer):
+    """`POST /mesh/scale`: how many replicas there are to be, by hand, by autoscaling, or by the configuration."""
+
+    attention: int
+    experts: int | None = None
+    """None where the experts are in the engines (mode `colocated`)."""
+
+
 class MeshStatus(_Answer):
     """`GET /mesh/status`."""
 
@@ -121,6 +135,7 @@ class MeshStatus(_Answer):
     placement: PlacementSummary
     attention: list[AttentionReplica]
     shards: list[ExpertShard]
+    wanted: Wanted | None = None
 
     @property
     def ok(self) -> bool:

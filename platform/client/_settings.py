@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from urllib.parse import urlsplit
 
 from expertmesh.errors import ConfigError
 
 URL_ENV = "EXPERTMESH_URL"
 KEY_ENV = "EXPERTMESH_API_KEY"
+KEY_FILE_ENV = "EXPERTMESH_API_KEY_FILE"
 DEFAULT_URL = "http://127.0.0.1:8000"
 
 NO_KEY = "none"
 """Sent where there is no key: a mesh without keys ignores it, and OpenAI's client insists on one."""
 
 _API = "/v1"
+_MAX_KEY_BYTES = 4096
 
 
 def api_url(given: object | None) -> str:
@@ -42,11 +45,26 @@ def root_url(api: object) -> str:
 
 
 def checked_key(given: str | None) -> str:
-    """The API key: `given`, else $EXPERTMESH_API_KEY, else a placeholder. Raises ConfigError if no header can hold it.
+    """The API key: `given`, else $EXPERTMESH_API_KEY, else the file $EXPERTMESH_API_KEY_FILE, else a placeholder.
 
-    The HTTP library would say so with the key in its message.
+    Raises ConfigError, which never holds the key, if the file can't be read or no header can hold the key: the HTTP
+    library would say so with the key in its message.
     """
-    source, key = ("api_key", given) if given is not None else (KEY_ENV, os.environ.get(KEY_ENV, ""))
+    source, key = ("api_key", given) if given is not None else _key_of_environment()
     if not (key.isascii() and key.isprintable()) or " " in key:
         raise ConfigError(f"{source}: holds a space, a line's end or a character that is not ASCII; allowed: the key")
     return key or NO_KEY
+
+
+def _key_of_environment() -> tuple[str, str]:
+    """Where the key is from, and the key; empty if there is none."""
+    key, path = os.environ.get(KEY_ENV, ""), os.environ.get(KEY_FILE_ENV, "")
+    if key or not path:
+        return KEY_ENV, key
+    try:
+        with Path(path).expanduser().open("rb") as file:
+            raw = file.read(_MAX_KEY_BYTES)
+    except (OSError, RuntimeError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise ConfigError(f"{KEY_FILE_ENV}: can't read {path}: {reason}") from None
+    return KEY_FILE_ENV, raw.decode(errors="replace").rstrip("\r\n")

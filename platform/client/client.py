@@ -32,9 +32,9 @@ class Client(OpenAI):
         **options: Any,
     ) -> None:
         """base_url: the mesh's URL, with or without /v1; without one $EXPERTMESH_URL, else http://127.0.0.1:8000.
-        api_key: the key, or what gives one; without one $EXPERTMESH_API_KEY, else a placeholder. OpenAI's own
-        environment variables for the two don't count here. `options` are `openai.OpenAI`'s others (`timeout`,
-        `max_retries`, `default_headers`, `http_client`, ...).
+        api_key: the key, or what gives one; without one $EXPERTMESH_API_KEY, else the file $EXPERTMESH_API_KEY_FILE,
+        else a placeholder. OpenAI's own environment variables for the two don't count here. `options` are
+        `openai.OpenAI`'s others (`timeout`, `max_retries`, `default_headers`, `http_client`, ...).
 
         Raises ConfigError for a URL or key that can't be one.
         """

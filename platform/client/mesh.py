@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Literal, TypeVar
 
 from openai import AsyncOpenAI, OpenAI
 from pydantic import TypeAdapter
 
 from expertmesh.platform.client._exchange import Route
-from expertmesh.platform.client._models import Loads, MeshStatus, Placement, Plan
+from expertmesh.platform.client._models import Loads, MeshStatus, Placement, Plan, Wanted
 
 _T = TypeVar("_T")
 
+Number = int | Literal["auto"]
 RouteName = Literal["status", "placement", "loads"]
 
 _STATUS = Route("status", TypeAdapter(MeshStatus))
@@ -20,6 +22,7 @@ _LOADS = Route("loads", TypeAdapter(Loads))
 _PLAN = Route("placement/plan", TypeAdapter(Plan))
 _APPLY = Route("placement/apply", TypeAdapter(Plan))
 _FREEZE = Route("placement/freeze", TypeAdapter(dict[str, bool]))
+_SCALE = Route("scale", TypeAdapter(Wanted))
 _ANY_OBJECT: TypeAdapter[dict[str, Any]] = TypeAdapter(dict[str, Any])
 
 
@@ -57,6 +60,13 @@ class Mesh:
         """Stops re-placement by itself, or starts it again."""
         self._tell(_FREEZE, {"frozen": frozen})
 
+    def scale(self, attention: Number | None = None, experts: Number | None = None) -> Wanted:
+        """Sets how many replicas there are to be, "auto" for autoscaling or the configuration; None changes nothing.
+
+        Returns at once: `status` shows who has come and gone. Raises ExpertMeshError for a number that can't be.
+        """
+        return self._tell(_SCALE, {"attention": attention, "experts": experts})
+
     def raw(self, route: RouteName) -> dict[str, Any]:
         """The JSON as the mesh sent it, with fields that this version doesn't know."""
         return self._ask(Route(route, _ANY_OBJECT))
@@ -65,7 +75,7 @@ class Mesh:
         with route.asked_at(self._client.base_url) as url:
             return route.read(self._client.get(url, cast_to=str))
 
-    def _tell(self, route: Route[_T], body: dict[str, bool] | None = None) -> _T:
+    def _tell(self, route: Route[_T], body: Mapping[str, object] | None = None) -> _T:
         with route.asked_at(self._client.base_url) as url:
             return route.read(self._client.post(url, cast_to=str, body=body))
 
@@ -100,6 +110,13 @@ class AsyncMesh:
         """Stops re-placement by itself, or starts it again."""
         await self._tell(_FREEZE, {"frozen": frozen})
 
+    async def scale(self, attention: Number | None = None, experts: Number | None = None) -> Wanted:
+        """Sets how many replicas there are to be, "auto" for autoscaling or the configuration; None changes nothing.
+
+        Returns at once: `status` shows who has come and gone. Raises ExpertMeshError for a number that can't be.
+        """
+        return await self._tell(_SCALE, {"attention": attention, "experts": experts})
+
     async def raw(self, route: RouteName) -> dict[str, Any]:
         """The JSON as the mesh sent it, with fields that this version doesn't know."""
         return await self._ask(Route(route, _ANY_OBJECT))
@@ -108,6 +125,6 @@ class AsyncMesh:
         with route.asked_at(self._client.base_url) as url:
             return route.read(await self._client.get(url, cast_to=str))
 
-    async def _tell(self, route: Route[_T], body: dict[str, bool] | None = None) -> _T:
+    async def _tell(self, route: Route[_T], body: Mapping[str, object] | None = None) -> _T:
         with route.asked_at(self._client.base_url) as url:
             return route.read(await self._client.post(url, cast_to=str, body=body))

@@ -10,7 +10,7 @@ from expertmesh.platform.config.engine_args import OWNED
 from expertmesh.platform.config.mesh import config_schema
 
 EXAMPLE = """\
-model: demo                 # or the path of a checkpoint folder
+model: demo                 # or the path of a checkpoint folder, or s3://bucket/prefix
 
 attention:
   replicas: 2

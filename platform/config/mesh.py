@@ -42,7 +42,7 @@ class MeshConfig(Section):
         default_factory=RoutingConfig, description="How tokens travel between attention replicas and expert shards."
     )
     kv_store: KVStoreConfig = Field(
-        default_factory=KVStoreConfig, description="The shared store of KV blocks, which comes with a later version."
+        default_factory=KVStoreConfig, description="The store of KV blocks that attention replicas share."
     )
     autoscaling: AutoscalingConfig = Field(
         default_factory=AutoscalingConfig, description="Which deployments follow the load."

@@ -20,7 +20,7 @@ MAX_LINES = 50
 
 _PLAIN_KEY = re.compile(r"[A-Za-z0-9_:/-]+")
 _URL_CREDENTIALS = re.compile(r"://\S*@")
-_SECRET_FILE = ("routing", "secret_file")
+_SECRET_FILES = (("routing", "secret_file"), ("kv_store", "password_file"))
 
 Keys = tuple[object, ...]
 
@@ -79,7 +79,7 @@ class Scan:
             )
             return False
         here = (*path, key)
-        if here == _SECRET_FILE or not looks_like_secret(str(key)):
+        if here in _SECRET_FILES or not looks_like_secret(str(key)):
             return True
         self.problems.append(
             f"{dotted(here)}: a secret does not belong in the configuration; name a file that holds it in "

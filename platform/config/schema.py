@@ -42,7 +42,7 @@ def node_at(schema: Node, path: Iterable[object]) -> Node | None:
         if inside:
             node = inside.get(str(key))
             continue
-        free = [choice.get("additionalProperties") for choice in alternatives(schema, node)]
+        free = [choice.get("additionalProperties", choice.get("items")) for choice in alternatives(schema, node)]
         node = next((inner for inner in free if isinstance(inner, dict)), None)
     return None if node is None else resolve(schema, node)
 
@@ -79,6 +79,8 @@ def _describe_one(schema: Node, node: Node) -> str:
         if "properties" in node:
             return "section"
         return f"mapping of names to {describe(schema, inner)}" if isinstance(inner, dict) else "mapping"
+    if kind == "array":
+        return f"list of {describe(schema, node['items'])}"
     if kind == "string":
         return "path" if node.get("format") == "path" else "text"
     return {"boolean": "true or false", "null": "null"}.get(str(kind), "any JSON value")

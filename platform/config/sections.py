@@ -10,11 +10,13 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, JsonValue, ValidationInfo, field_validator, model_validator
 
+from expertmesh.errors import ConfigError
 from expertmesh.platform.config.engine_args import OWNED, allowed_engine_argument
 from expertmesh.platform.config.fields import (
     Count,
     Fraction,
     Gibibytes,
+    Kibibytes,
     LocalPath,
     Mebibytes,
     Milliseconds,
@@ -29,11 +31,15 @@ from expertmesh.platform.config.fields import (
     problem,
     unit,
 )
+from expertmesh.platform.config.problems import show
+from expertmesh.platform.weights.s3_location import S3_SCHEME, S3Location
 
 DEMO = "demo"
 """The model name that stands for the small checkpoint that ExpertMesh builds itself; never a folder's name."""
 
 _HOST_NAME = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9_-]*[A-Za-z0-9_])?(\.[A-Za-z0-9_]([A-Za-z0-9_-]*[A-Za-z0-9_])?)*\.?")
+
+_ORIGIN = r"https?://[A-Za-z0-9._-]+(:[0-9]{1,5})?"
 
 
 def _host(value: str) -> str:
@@ -53,8 +59,47 @@ def _resource_name(key: str) -> str:
     return key
 
 
+def _origins(values: list[str]) -> list[str]:
+    for value in values:
+        if value != "*" and not re.fullmatch(_ORIGIN, value):
+            raise problem(f"{show(value)} is not the origin of a web page; allowed: http(s)://host[:port], or *")
+    return values
+
+
+def _endpoint_url(value: str) -> str:
+    if not re.fullmatch(_ORIGIN, value):
+        raise problem(f"{show(value)} is not the address of a service; allowed: http(s)://host[:port]")
+    return value
+
+
 Host = Annotated[str, AfterValidator(_host)]
+Origins = Annotated[
+    list[str],
+    AfterValidator(_origins),
+    Field(json_schema_extra={"items": {"type": "string", "pattern": rf"^(\*|{_ORIGIN})$"}}),
+]
+EndpointUrl = Annotated[str, AfterValidator(_endpoint_url), Field(json_schema_extra={"pattern": f"^{_ORIGIN}$"})]
 Resources = dict[Annotated[str, AfterValidator(_resource_name)], Quantity]
+
+
+class S3Config(Section):
+    """How a model in S3 is reached. Credentials come from where AWS's tools look for them, never from here."""
+
+    endpoint_url: EndpointUrl | None = Field(
+        default=None, description="Address of the S3 service; null takes AWS's own (or $AWS_ENDPOINT_URL_S3)."
+    )
+    region: Text | None = Field(default=None, description="Region; null takes that of the environment or profile.")
+    requester_pays: bool = Field(default=False, description="Pay for requests to a bucket whose owner doesn't.")
+    connections: Count = Field(
+        default=16, description="Reads at once, in each process.", json_schema_extra=unit("connections")
+    )
+    attempts: Count = Field(
+        default=8, description="Failures in a row after which a read is given up.", json_schema_extra=unit("attempts")
+    )
+    keep_tensors: bool = Field(
+        default=True,
+        description="Keep what was read in `model.cache_dir` for the next start; false keeps only the small files.",
+    )
 
 
 class ModelConfig(Section):
@@ -62,8 +107,8 @@ class ModelConfig(Section):
 
     source: Text = Field(
         default=DEMO,
-        description="Checkpoint folder (config.json, tokenizer and safetensors), or `demo`: a small model that is "
-        "built on first use. A folder that is itself called demo is written `./demo`.",
+        description="Checkpoint folder (config.json, tokenizer and safetensors), `s3://bucket/prefix` with such files, "
+        "or `demo`: a small model that is built on first use. A folder that is itself called demo is written `./demo`.",
     )
     served_name: Text | None = Field(
         default=None, description="Model name in the OpenAI API; null takes the last part of `source`."
@@ -81,6 +126,8 @@ class ModelConfig(Section):
         description="Folder for files that ExpertMesh makes; null takes $EXPERTMESH_CACHE, else ~/.cache/expertmesh.",
     )
 
+    s3: S3Config = Field(default_factory=S3Config, description="How a `source` in S3 is reached.")
+
     @model_validator(mode="before")
     @classmethod
     def _shorthand(cls, value: Any) -> Any:
@@ -94,8 +141,14 @@ class ModelConfig(Section):
 
     @field_validator("source", mode="after")
     @classmethod
-    def _existing_folder(cls, value: str, info: ValidationInfo) -> str:
+    def _folder_or_url(cls, value: str, info: ValidationInfo) -> str:
         where = loading(info)
+        if value.startswith(S3_SCHEME):
+            try:
+                S3Location.parse(value)
+            except ConfigError as error:
+                raise problem(str(error)) from None
+            return value
         if value == DEMO or where is None:
             return value
         try:
@@ -104,7 +157,7 @@ class ModelConfig(Section):
             raise problem(f"{value!r} can't be expanded: {error}") from None
         if not path.is_dir():
             wrong = "is a file" if path.exists() else "does not exist"
-            raise problem(f"{str(path)!r} {wrong}; allowed: {DEMO!r} or an existing checkpoint folder")
+            raise problem(f"{str(path)!r} {wrong}; allowed: {DEMO!r}, an existing checkpoint folder, or {S3_SCHEME}...")
         return str(path)
 
     @property
@@ -164,7 +217,19 @@ class AttentionConfig(Section):
     )
     start_timeout_s: Seconds = Field(default=600.0, description="How long a replica may take to start.")
     inactivity_timeout_s: Seconds = Field(
-        default=120.0, description="A stream without a token for this long is taken for dead."
+        default=120.0,
+        description="An engine that has requests and gives no token for any of them for this long is taken for dead; "
+        "longer than the longest prompt takes, and than `routing.unavailable_timeout_s`.",
+    )
+    drain_timeout_s: Seconds = Field(
+        default=60.0,
+        description="How long a replica that is told to stop goes on with its requests; others then take them over.",
+    )
+    max_waiting_requests: Count = Field(
+        default=192,
+        description="Requests that wait in one replica at most, beyond the `attention.max_num_seqs` that it computes; "
+        "more wait at the ingress.",
+        json_schema_extra=unit("requests"),
     )
 
     @field_validator("max_num_batched_tokens")
@@ -197,6 +262,12 @@ class ExpertsConfig(Section):
         description="Experts that each shard holds in each layer beyond what redundancy needs: copies of hot ones.",
         json_schema_extra=unit("slots"),
     )
+    max_slots: Count | None = Field(
+        default=None,
+        description="Experts of a layer that a shard takes over at most, with its own, when others die or leave; "
+        "null: as many as its memory has room for.",
+        json_schema_extra=unit("slots"),
+    )
     threads: Count = Field(
         default=1, description="CPU threads that each shard computes with.", json_schema_extra=unit("threads")
     )
@@ -215,6 +286,14 @@ class ExpertsConfig(Section):
         default=5.0,
         description="A shard without a heartbeat for this long is taken for dead; "
         "more than `experts.heartbeat_interval_s`.",
+    )
+    spot_notice_url: Annotated[str, Field(pattern=r"^https?://[^/]+$")] | None = Field(
+        default=None,
+        description="Instance metadata service that each shard asks whether its node is about to be taken away, on EC2 "
+        "`http://169.254.169.254`; null asks nobody.",
+    )
+    handover_timeout_s: Seconds = Field(
+        default=60.0, description="How long a shard that is told to stop serves on for others to load its experts."
     )
     start_timeout_s: Seconds = Field(default=600.0, description="How long a shard may take to start.")
 
@@ -263,8 +342,18 @@ class RebalanceConfig(Section):
     )
 
 
+class RequestRoutingConfig(Section):
+    """How a request gets its attention replica."""
+
+    policy: Literal["prefix", "load"] = Field(
+        default="prefix",
+        description="prefix: where the least must wait and the least of the prompt must be computed, by what each "
+        "replica says that its KV cache holds; load: Ray Serve's choice, the less loaded of two taken at random.",
+    )
+
+
 class RoutingConfig(Section):
-    """How tokens reach the expert shards."""
+    """How tokens reach the expert shards, and requests an attention replica."""
 
     policy: Literal["live_cost", "least_loaded"] = Field(
         default="live_cost",
@@ -287,11 +376,25 @@ class RoutingConfig(Section):
     max_frame_mib: Mebibytes = Field(default=512, description="Size of one frame at most.")
     frame_deadline_ms: Milliseconds = Field(
         default=10000.0,
-        description="A shard that has not answered by then is given up, and the frame goes to another copy.",
+        description="A shard that has not answered by then is given up, whether or not there is another copy.",
+    )
+    hedge_after_ms: Milliseconds = Field(
+        default=150.0,
+        description="Where other copies could answer, a frame goes to them once it is overdue, and never before this.",
+    )
+    hedge_service_times: float = Field(
+        default=8.0,
+        ge=1,
+        description="A frame is overdue after so many times what frames of its size took lately.",
+        json_schema_extra=unit("times"),
     )
     connect_timeout_s: Seconds = Field(default=5.0, description="How long connecting to a shard may take.")
     unavailable_timeout_s: Seconds = Field(
         default=60.0, description="How long a step waits for a missing expert to be placed."
+    )
+    requests: RequestRoutingConfig = Field(
+        default_factory=RequestRoutingConfig,
+        description="How a request gets its attention replica, where it has a choice.",
     )
     rebalance: RebalanceConfig = Field(
         default_factory=RebalanceConfig, description="Whether and how experts move between shards as traffic moves."
@@ -302,17 +405,108 @@ def _yaml_off(value: Any) -> Any:
     return "off" if value is False else value  # YAML 1.1 reads a bare `off` as false
 
 
-class KVStoreConfig(Section):
-    """The tier of KV blocks that attention replicas share. Not there yet."""
+_STORE_URL = re.compile(
+    r"^(off|embedded|unix:///[A-Za-z0-9_./-]{1,90}|rediss?://[A-Za-z0-9]([A-Za-z0-9.-]{0,251}[A-Za-z0-9])?"
+    r"(:([1-9][0-9]{0,3}|[1-5][0-9]{4}|6[0-4][0-9]{3}|65[0-4][0-9]{2}|655[0-2][0-9]|6553[0-5]))?"
+    r"(\?cluster=(true|false))?)$"
+)
 
-    url: Annotated[Literal["off"], BeforeValidator(_yaml_off)] = Field(
+
+class IamConfig(Section):
+    """ElastiCache's IAM authentication; AWS credentials are found as the AWS tools find them."""
+
+    cache_name: Text = Field(description="Id of the replication group, or name of the serverless cache.")
+    region: Text = Field(description="AWS region of the cache.")
+    serverless: bool = Field(default=False, description="Whether `cache_name` is a serverless cache.")
+
+
+class KVStoreConfig(Section):
+    """The store of KV blocks that attention replicas share. With `url: off` only `url` is used."""
+
+    url: Annotated[Text, BeforeValidator(_yaml_off)] = Field(
         default="off",
-        description="Only off so far: this version has no KV store, and each replica keeps its KV cache to itself.",
+        description="off: each replica keeps its KV cache to itself; embedded: a Valkey that starts and ends with a "
+        "mesh on one machine; redis://HOST[:PORT], rediss://HOST[:PORT] (TLS) or unix:///PATH: that server, with "
+        "`?cluster=true` behind it a cluster.",
+        json_schema_extra={"pattern": _STORE_URL.pattern},
     )
+    username: Text | None = Field(default=None, description="ACL user of the server; null is the default user.")
+    password_file: LocalPath | None = Field(
+        default=None, description="File with the user's password; null: the server asks for none."
+    )
+    ca_file: LocalPath | None = Field(
+        default=None,
+        description="PEM file of the authorities that may sign the certificate of a rediss:// server; "
+        "null takes the system's.",
+    )
+    iam: IamConfig | None = Field(
+        default=None, description="ElastiCache's IAM authentication for `username`, in place of a password."
+    )
+    memory_gib: Gibibytes = Field(
+        default=1.0, description="Memory of the embedded server; blocks not used for longest are dropped first."
+    )
+    host_memory_mib: Mebibytes = Field(
+        default=512,
+        description="Memory of each attention replica that blocks pass through on their way; it keeps the latest ones.",
+    )
+    ttl_s: Annotated[int, Field(ge=1, json_schema_extra=unit("s"))] = Field(
+        default=86400, description="How long the store keeps a block after it was written."
+    )
+    lookup_timeout_ms: Milliseconds = Field(
+        default=100.0,
+        description="How long a request waits to hear which blocks are there; a server that misses it is left alone "
+        "until it answers again.",
+    )
+    load_timeout_s: Seconds = Field(
+        default=5.0,
+        description="How long reading a prompt's blocks may take at most; less where computing them is quicker.",
+    )
+    write_timeout_s: Seconds = Field(default=5.0, description="How long writing a few blocks may take.")
+
+    @field_validator("url")
+    @classmethod
+    def _known_form(cls, value: str) -> str:
+        if "@" in value:
+            raise problem("holds a user or password; use kv_store.username and kv_store.password_file")
+        if not _STORE_URL.fullmatch(value):
+            raise problem(
+                "is none of off, embedded, redis://HOST[:PORT], rediss://HOST[:PORT] (with ?cluster=true for a "
+                "cluster), unix:///PATH"
+            )
+        return value
+
+    @field_validator("username")
+    @classmethod
+    def _only_for_a_server(cls, value: str | None, info: ValidationInfo) -> str | None:
+        if value is not None and info.data.get("url") == "embedded":
+            raise problem("the embedded server has no users; name a server in kv_store.url")
+        return value
+
+    @field_validator("ca_file")
+    @classmethod
+    def _only_with_tls(cls, value: Path | None, info: ValidationInfo) -> Path | None:
+        url = info.data.get("url", "off")
+        if value is not None and url != "off" and not url.startswith("rediss://"):
+            raise problem("is for rediss:// only")
+        return value
+
+    @field_validator("iam")
+    @classmethod
+    def _needs_tls_and_a_user(cls, value: IamConfig | None, info: ValidationInfo) -> IamConfig | None:
+        url = info.data.get("url", "off")
+        if value is None or url == "off":
+            return value
+        if not url.startswith("rediss://"):
+            raise problem("IAM authentication needs TLS: use rediss:// in kv_store.url")
+        if info.data.get("username") is None:
+            raise problem("IAM authentication needs kv_store.username, the ElastiCache user")
+        if info.data.get("password_file") is not None:
+            raise problem("with IAM authentication there is no password; remove kv_store.password_file")
+        return value
 
 
 class AttentionAutoscaling(Section):
-    """Bounds for Ray Serve's own autoscaler, which follows the number of ongoing requests."""
+    """When attention replicas are added and removed: by the highest of their means over what is aimed at."""
 
     min_replicas: Count = Field(description="Fewest attention replicas.", json_schema_extra=unit("replicas"))
     max_replicas: Count = Field(
@@ -322,9 +516,20 @@ class AttentionAutoscaling(Section):
     target_ongoing_requests: float = Field(
         default=8.0,
         gt=0,
-        description="Ongoing requests per replica that the autoscaler aims at.",
+        description="Requests in the engine of each replica that are aimed at.",
         json_schema_extra=unit("requests"),
     )
+    waiting: float = Field(
+        default=2.0,
+        gt=0,
+        description="Requests that wait in the engine of each replica that are aimed at.",
+        json_schema_extra=unit("requests"),
+    )
+    kv_use: Fraction = Field(default=0.8, description="Part of the KV cache in use that is aimed at.")
+    ttft_ms: Milliseconds = Field(default=2000.0, description="Time to first token that is aimed at.")
+    up_after_s: Seconds = Field(default=10.0, description="How long there must be too much to do.")
+    down_after_s: Seconds = Field(default=300.0, description="How long fewer replicas must be enough.")
+    cooldown_s: Seconds = Field(default=60.0, description="Time between two changes at least.")
 
     @field_validator("max_replicas")
     @classmethod
@@ -335,12 +540,43 @@ class AttentionAutoscaling(Section):
         return value
 
 
+class ExpertsAutoscaling(Section):
+    """When expert shards are added and removed: by how busy they are, as far as re-placement can't even it out."""
+
+    min_shards: Count = Field(description="Fewest expert shards.", json_schema_extra=unit("shards"))
+    max_shards: Count = Field(
+        description="Most expert shards; at least `autoscaling.experts.min_shards`.", json_schema_extra=unit("shards")
+    )
+    busy: Fraction = Field(default=0.6, description="Part of the time that the busiest shard computes, aimed at.")
+    queueing: float = Field(
+        default=1.0, gt=0, description="Seconds that frames wait for each second of computing, aimed at."
+    )
+    balancedness: Fraction = Field(
+        default=0.8, description="Balancedness that re-placement is expected to reach: less adds no shard."
+    )
+    up_after_s: Seconds = Field(default=10.0, description="How long there must be too much to do.")
+    down_after_s: Seconds = Field(default=300.0, description="How long fewer shards must be enough.")
+    cooldown_s: Seconds = Field(default=60.0, description="Time between two changes at least.")
+
+    @field_validator("max_shards")
+    @classmethod
+    def _not_below_min(cls, value: int, info: ValidationInfo) -> int:
+        least = info.data.get("min_shards")
+        if least is not None and value < least:
+            raise problem(f"{value} is below autoscaling.experts.min_shards ({least})")
+        return value
+
+
 class AutoscalingConfig(Section):
-    """Which deployments follow the load. Expert shards are not autoscaled yet."""
+    """Which deployments follow the load. A number set with `expertmesh scale` goes before it."""
 
     attention: AttentionAutoscaling | None = Field(
         default=None, description="Autoscaling of the attention replicas; null keeps `attention.replicas`."
     )
+    experts: ExpertsAutoscaling | None = Field(
+        default=None, description="Autoscaling of the expert shards; null keeps `experts.shards`."
+    )
+    interval_s: Seconds = Field(default=2.0, description="Time between two looks at the signals.")
 
 
 class IngressConfig(Section):
@@ -352,9 +588,24 @@ class IngressConfig(Section):
     max_ongoing_requests: int = Field(
         default=256,
         ge=1,
-        description="Requests that one ingress replica works on at once.",
-        json_schema_extra=unit("requests"),
+        description="Sequences that one ingress replica works on at once; further requests get 429.",
+        json_schema_extra=unit("sequences"),
     )
+    replica_timeout_s: Seconds = Field(
+        default=120.0,
+        description="How long a request waits for an attention replica that takes it, at its start or after its "
+        "replica died; then it gets 503.",
+    )
+    keys_file: LocalPath | None = Field(
+        default=None,
+        description="File of API keys that `expertmesh keys` writes, read again when it changes. With null no key is "
+        "asked for, and the admin routes answer on loopback only.",
+    )
+    cors_origins: Origins = Field(
+        default=[], description="Origins of web pages that may call the API from a browser; * allows any."
+    )
+    max_body_mib: Mebibytes = Field(default=32, description="Size of a request's body at most.")
+    max_header_kib: Kibibytes = Field(default=32, description="Size of a request's URL and headers together at most.")
 
 
 class TelemetryConfig(Section):

@@ -12,6 +12,7 @@ from expertmesh.platform.config import yaml_text
 from expertmesh.platform.config.mesh import MeshConfig, build
 from expertmesh.platform.config.problems import dotted, kind_of
 from expertmesh.platform.config.sections import DEMO
+from expertmesh.platform.weights.s3_location import S3_SCHEME
 
 MAX_FILE_BYTES = 1 << 20
 
@@ -21,7 +22,7 @@ def load_config(source: str | Path | Mapping[str, Any] | None) -> MeshConfig:
 
     * None: all defaults, with the demo model.
     * A mapping: as in YAML.
-    * The text `demo`, or the path of a folder: all defaults, with this model.
+    * The text `demo`, the path of a folder, or `s3://bucket/prefix`: all defaults, with this model.
     * The path of a file: YAML. Relative paths in it count from the file's folder, everywhere else from the working
       directory.
 
@@ -34,6 +35,8 @@ def load_config(source: str | Path | Mapping[str, Any] | None) -> MeshConfig:
         return build(source, Path.cwd())
     if not isinstance(source, str | Path):
         raise ConfigError(f"a configuration is a path, a mapping or a model, not {kind_of(source)}")
+    if isinstance(source, str) and source.startswith(S3_SCHEME):
+        return build({"model": source}, Path.cwd())
     path = Path(os.path.expanduser(source))  # noqa: PTH111 (Path.expanduser raises for users that don't exist)
     if path.is_dir():
         return build({"model": path}, Path.cwd())
@@ -70,7 +73,7 @@ def _read_text(path: Path) -> str:
         with path.open("rb") as file:
             raw = file.read(MAX_FILE_BYTES + 1)
     except (FileNotFoundError, NotADirectoryError):
-        allowed = f"a YAML file, a checkpoint folder, or {DEMO!r}"
+        allowed = f"a YAML file, a checkpoint folder, {S3_SCHEME}..., or {DEMO!r}"
         raise ConfigError(f"{path}: does not exist; allowed: {allowed}") from None
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else error

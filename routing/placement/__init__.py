@@ -1,6 +1,7 @@
 """Which shard holds which expert: pure functions on arrays, and the table that dispatchers read."""
 
 from expertmesh.routing.placement.balance import balancedness, layer_balancedness
+from expertmesh.routing.placement.elastic import adopted, evened, holders, lent, share, surplus
 from expertmesh.routing.placement.loaded import loaded_slots
 from expertmesh.routing.placement.loads import Loads, Shift
 from expertmesh.routing.placement.moves import Move, applied
@@ -17,13 +18,19 @@ __all__ = [
     "RoutingTable",
     "Shift",
     "Target",
+    "adopted",
     "applied",
     "balancedness",
     "build_table",
     "even_slots",
+    "evened",
+    "holders",
     "layer_balancedness",
+    "lent",
     "loaded_slots",
     "plan",
     "repair",
+    "share",
     "slots_per_shard",
+    "surplus",
 ]

@@ -33,12 +33,15 @@ class Move:
     dropped: int
     """-1 if the slot was empty."""
     added: int
+    """-1 if the slot is emptied."""
     before: float
     after: float
 
     def __str__(self) -> str:
         instead = f"in place of expert {self.dropped}" if self.dropped >= 0 else "in an empty slot"
         where = f"step {self.step}: layer {self.layer}, shard {self.shard}, slot {self.slot}"
+        if self.added < 0:
+            return f"{where}: expert {self.dropped} is given up"
         return f"{where}: expert {self.added} {instead}; balancedness {self.before:.3f} -> {self.after:.3f}"
 
 

@@ -2,7 +2,8 @@
 
 Where experts are missing for good, the dispatcher notes the rows of the step that need them (`FailedRows`). Their
 requests end with an error; so does every other that reads a KV block which the failed ones wrote in this step. These
-blocks leave the prefix cache: what they hold means nothing.
+blocks leave the prefix cache, and copies of them that are on their way to a KV store are dropped: what they hold means
+nothing.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import RequestStatus
 
+from expertmesh.errors import Unavailable
 from expertmesh.routing.vllm_plugin.op import failed_rows
 from expertmesh.routing.vllm_plugin.settings import UNAVAILABLE
 
@@ -42,6 +44,7 @@ class MeshScheduler(Scheduler):
         tokens = scheduler_output.num_scheduled_tokens
         order = sorted(model_runner_output.req_id_to_index.items(), key=lambda item: item[1])
         ended = self._end(requests_of(rows, [(name, tokens.get(name, 0)) for name, _ in order]), tokens, why)
+        self._drop_copies()
         outputs = super().update_from_output(scheduler_output, model_runner_output)
         for client, output in ended:
             outputs.setdefault(client, EngineCoreOutputs()).outputs.append(output)
@@ -70,6 +73,18 @@ class MeshScheduler(Scheduler):
             )
             for request in self.finish_requests(failed | readers, RequestStatus.FINISHED_ERROR)
         ]
+
+    def _drop_copies(self) -> None:
+        """Forgets every block that is being copied out or was, on this side of the store.
+
+        Raises Unavailable, which ends the engine, if a request waits for blocks that are coming in: vLLM can't forget
+        these. Its requests go on at another replica.
+        """
+        if self.connector is None:
+            return
+        if any(request.status == RequestStatus.WAITING_FOR_REMOTE_KVS for request in self.kv_holding_waiting):
+            raise Unavailable("a step failed while KV blocks were being loaded")
+        self.reset_connector_cache()
 
     def _written(self, name: str, tokens: int) -> set[int]:
         """Ids of the blocks that hold the tokens of this step."""

@@ -113,7 +113,7 @@ def test_serve_answers_and_ctrl_c_leaves_nothing(family: Callable[[str], Path], 
     assert "Traceback" not in down.stderr
 
 
-def test_serve_run_with_the_builder_serves_a_dense_model_colocated(
+def test_serve_run_and_serve_deploy_with_the_builder_serve_a_dense_model_colocated(
     family: Callable[[str], Path], tmp_path: Path
 ) -> None:
     folder, port, log = family("olmo2"), free_port(), tmp_path / "log"
@@ -134,25 +134,35 @@ def test_serve_run_with_the_builder_serves_a_dense_model_colocated(
     )
     (tmp_path / "serve.yaml").write_text(options)
     # A Ray of its own: `serve run` would start one with the default port and folder.
-    ray_port, ray_folder = free_port(), Path(f"/tmp/xm-{os.getpid()}")
+    ray_port, dashboard_port, ray_folder = free_port(), free_port(), Path(f"/tmp/xm-{os.getpid()}")
     head = [
         *(str(BIN / "ray"), "start", "--head", "--block", f"--port={ray_port}", "--num-cpus=4"),
-        *("--include-dashboard=false", f"--temp-dir={ray_folder}", f"--object-store-memory={200 << 20}"),
-        "--disable-usage-stats",
+        *("--include-dashboard=true", f"--dashboard-port={dashboard_port}", f"--temp-dir={ray_folder}"),
+        *(f"--object-store-memory={200 << 20}", "--disable-usage-stats"),
     ]
-    address = f"127.0.0.1:{ray_port}"
+    address, dashboard = f"127.0.0.1:{ray_port}", f"http://127.0.0.1:{dashboard_port}"
+
+    def check_answers(url: str) -> None:
+        body = {"model": "olmo2", "prompt": "hello", "max_tokens": 4, "temperature": 0}
+        answer = httpx.post(f"{url}/v1/completions", json=body, timeout=60)
+        assert answer.status_code == 200, answer.text
+        assert httpx.get(f"{url}/mesh/status").json()["mode"] == "colocated"
+
     with command(*head, log=tmp_path / "ray") as ray_head:
         wait_until(lambda: b"Ray runtime started" in (tmp_path / "ray").read_bytes(), ray_head, tmp_path / "ray")
         run = [str(BIN / "serve"), "run", f"--address={address}", str(tmp_path / "serve.yaml")]
         url = f"http://127.0.0.1:{port}"
         with command(*run, log=log) as process:
             wait_until(lambda: answers(url), process, log)
-            body = {"model": "olmo2", "prompt": "hello", "max_tokens": 4, "temperature": 0}
-            answer = httpx.post(f"{url}/v1/completions", json=body, timeout=60)
-            assert answer.status_code == 200, answer.text
-            assert httpx.get(f"{url}/mesh/status").json()["mode"] == "colocated"
+            check_answers(url)
             process.send_signal(signal.SIGINT)
             process.wait(60)
+        assert not answers(url)
+        deploy = [str(BIN / "serve"), "deploy", f"--address={dashboard}", str(tmp_path / "serve.yaml")]
+        done = subprocess.run(deploy, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
+        wait_until(lambda: answers(url), ray_head, tmp_path / "ray")
+        check_answers(url)
         family_tree = psutil.Process(ray_head.pid).children(recursive=True)
         ray_head.terminate()
         ray_head.wait(60)

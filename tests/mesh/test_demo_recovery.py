@@ -26,6 +26,7 @@ def test_a_killed_shard_is_replaced_and_requests_that_wait_go_on(demo_mesh: Loca
         during = client.completions.create(**settings).choices[0].text  # redundancy is 1: it waits
         assert during == before
         assert eventually(lambda: client.mesh.status().health == "ok", 60)
+        assert eventually(lambda: sum(shard.ready for shard in client.mesh.status().shards) == 2, 240)
         new = client.mesh.status()
         assert new.placement.epoch > old.placement.epoch
         assert {s.index for s in new.shards} == {0, 1}
@@ -41,6 +42,8 @@ def test_experts_move_while_it_serves_and_answers_stay_the_same(demo_mesh: Local
         client.mesh.freeze(False)
         before = client.completions.create(**settings).choices[0].text
         assert eventually(lambda: sum(map(sum, client.mesh.loads().tokens)) > 0, 10)
+        # Experts that changed hands in the test before may still be on their way.
+        assert eventually(lambda: client.mesh.plan().moves and not client.mesh.placement().running, 120)
         plan = client.mesh.apply()
         assert plan.moves, f"balancedness {plan.balancedness}"
         during = client.completions.create(**settings).choices[0].text
