@@ -22,7 +22,7 @@ from expertmesh.deployments.attention.known_tokens import let_force
 from expertmesh.errors import Unavailable
 from expertmesh.kv_store.tier.connector import refuse_unsafe
 from expertmesh.platform.config import MeshConfig
-from expertmesh.routing.vllm_plugin import CPU_EXECUTOR, LOAD_FORMAT, SCHEDULER, MeshSettings
+from expertmesh.routing.vllm_plugin import CPU_EXECUTOR, CPU_WORKER, LOAD_FORMAT, SCHEDULER, MeshSettings
 
 
 def engine_arguments(config: MeshConfig, folder: Path, mesh: MeshSettings | None) -> dict[str, Any]:
@@ -46,6 +46,7 @@ def engine_arguments(config: MeshConfig, folder: Path, mesh: MeshSettings | None
         arguments["kv_cache_memory_bytes"] = int(kv_cache_gib * 2**30)
     if current_platform.is_cpu():
         arguments["distributed_executor_backend"] = CPU_EXECUTOR
+        arguments["worker_cls"] = CPU_WORKER
     if mesh is not None:
         arguments["load_format"] = LOAD_FORMAT
         arguments["scheduler_cls"] = SCHEDULER

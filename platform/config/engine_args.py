@@ -14,6 +14,7 @@ OWNED: Mapping[str, str] = MappingProxyType(
         "dtype": "use model.dtype",
         "max_model_len": "use model.max_model_len",
         "load_format": "the mesh chooses it from experts.mode",
+        "worker_cls": "the mesh chooses it from the platform",
         "scheduler_cls": "the mesh's own ends requests whose experts are gone",
         "additional_config": "the mesh fills it in from experts.mode and routing",
         "enforce_eager": "use attention.compile",

@@ -7,6 +7,7 @@ engine's `additional_config` holds settings under the key `expertmesh` (settings
 from expertmesh.routing.vllm_plugin.settings import (
     CONFIG_KEY,
     CPU_EXECUTOR,
+    CPU_WORKER,
     LOAD_FORMAT,
     SCHEDULER,
     UNAVAILABLE,
@@ -17,6 +18,7 @@ from expertmesh.routing.vllm_plugin.settings import (
 __all__ = [
     "CONFIG_KEY",
     "CPU_EXECUTOR",
+    "CPU_WORKER",
     "LOAD_FORMAT",
     "SCHEDULER",
     "UNAVAILABLE",

@@ -17,6 +17,8 @@ By its short name vLLM would replace it by a process a worker, in which it can s
 core while it waits for that process: the core that the shards need. Our engines have that environment from the start.
 """
 
+CPU_WORKER = "expertmesh.routing.vllm_plugin.worker.MeshCPUWorker"
+"""`worker_cls` of an engine on CPU."""
 SCHEDULER = "expertmesh.routing.vllm_plugin.scheduler.MeshScheduler"
 """`scheduler_cls` of an engine whose experts are elsewhere."""
 UNAVAILABLE = "experts unavailable: "

@@ -13,6 +13,8 @@ from typing import Any
 from benchmarks.bare import engine_environment
 
 INACTIVITY_S = 6.0
+CHUNK_TOKENS = 64
+"""Prompts longer than this are computed in chunks."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +39,8 @@ class EngineHost:
         from expertmesh.deployments.ingress.app import front_arguments, front_config
         from expertmesh.platform.config import load_config
 
-        config = load_config({"model": folder, "experts": {"mode": "colocated"}, "attention": {"kv_cache_gib": 0.25}})
+        attention = {"kv_cache_gib": 0.25, "max_num_batched_tokens": CHUNK_TOKENS}
+        config = load_config({"model": folder, "experts": {"mode": "colocated"}, "attention": attention})
         front = front_config(front_arguments(config, folder))
         self._runner = asyncio.Runner()
         self._inputs = InputProcessor(front, renderer_from_config(front))

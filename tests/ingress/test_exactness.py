@@ -11,7 +11,7 @@ import pytest
 
 from benchmarks.bare import Worker
 from expertmesh.deployments.ingress.continuation import Way
-from tests.ingress.engine_host import EngineHost, Said
+from tests.ingress.engine_host import CHUNK_TOKENS, EngineHost, Said
 
 pytestmark = pytest.mark.engine
 
@@ -59,6 +59,16 @@ def settings(kind: str) -> dict[str, Any]:
 def say(engine: Worker, kind: str, known: tuple[int, ...] = (), way: Way | None = None) -> Said:
     said: Said = engine.ask("say", PROMPT, settings(kind), known, way or KINDS[kind][0])
     return said
+
+
+def test_a_seed_counts_from_the_first_token_however_the_prompt_was_computed(engine: Worker) -> None:
+    """In chunks first, which ended vLLM's engine on CPU, then mostly from the prefix cache."""
+    prompt = [20 + (7 * i) % 300 for i in range(2 * CHUNK_TOKENS + 22)]
+    asked = {"temperature": 1.0, "seed": 11, "max_tokens": 20, "logprobs": 1}
+    in_chunks: Said = engine.ask("say", prompt, asked, (), Way.REGENERATE)
+    in_one: Said = engine.ask("say", prompt, asked, (), Way.REGENERATE)
+    assert len(in_one.tokens) == 20
+    assert in_chunks.tokens == in_one.tokens
 
 
 @pytest.mark.parametrize("kind", KINDS)
