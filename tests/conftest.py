@@ -2,24 +2,18 @@
 
 from __future__ import annotations
 
-import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 
+from benchmarks.timing import free_port
 from expertmesh.platform.checkpoints.source import model_folder
 from expertmesh.platform.config import load_config
 
 if TYPE_CHECKING:
     from expertmesh.deployments.local import LocalMesh
-
-
-def free_port() -> int:
-    """A TCP port of loopback that nobody listens on now."""
-    with socket.create_server(("127.0.0.1", 0)) as sock:
-        return int(sock.getsockname()[1])
 
 
 @pytest.fixture(scope="session")

@@ -11,10 +11,8 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import warnings
 from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,7 +21,6 @@ from typing import Any, cast
 import numpy as np
 import openai
 import pytest
-import uvicorn
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import HTMLResponse, JSONResponse
 from pydantic import ValidationError
@@ -38,7 +35,8 @@ from expertmesh.platform.client import Loads, Placement, Wanted
 from expertmesh.platform.config import load_config
 from expertmesh.routing.placement import Target
 from expertmesh.routing.placement.static import IntArray
-from tests.test_durable import Memory
+from tests.support.key_values import Memory
+from tests.support.serving import served
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # Ray uses pydantic in a way that pydantic gives up
@@ -89,7 +87,8 @@ def shard_report(index: int, held: IntArray) -> ShardReport:
 def attention_report() -> AttentionReport:
     loads = np.arange(len(LAYERS) * EXPERTS, dtype=np.int64).reshape(len(LAYERS), EXPERTS)
     loaded = {"bytes_read": 1_500_000, "tensors_read": 2, "tensors_skipped": 24, "seconds": 0.5}
-    stats = {"dispatch": {"dispatches": 77, "retries": 3, "waits": 1}, "loaded": loaded}
+    load = {"waiting": 2, "kv_use": 0.25, "ttft_s": 0.125}
+    stats = {"dispatch": {"dispatches": 77, "retries": 3, "waits": 1}, "loaded": loaded, "load": load}
     return AttentionReport("attn-0", NODE, True, 2, 5, loads, stats)
 
 
@@ -118,20 +117,6 @@ class Ingress:
             self.failures -= 1
             return Response(status_code=503, headers={"Retry-After": "0.01"})
         return await answer(request)
-
-
-@contextmanager
-def served(app: FastAPI) -> Iterator[str]:
-    """Its URL. The socket listens before the thread starts, so nobody comes too early."""
-    with socket.create_server(("127.0.0.1", 0)) as listening:
-        server = uvicorn.Server(uvicorn.Config(app, log_level="critical", lifespan="off", ws="none"))
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
-        thread.start()
-        try:
-            yield f"http://127.0.0.1:{listening.getsockname()[1]}"
-        finally:
-            server.should_exit = True
-            thread.join()
 
 
 @pytest.fixture

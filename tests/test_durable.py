@@ -2,46 +2,13 @@
 
 from __future__ import annotations
 
-import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 
-from expertmesh.deployments.controller.durable import (
-    EPOCHS_A_TERM,
-    Deposed,
-    Office,
-    PlacementState,
-    first_epoch,
-)
-
-
-class Memory:
-    """A store in this process with the promises of Ray's; the real one is driven by tests/mesh."""
-
-    def __init__(self) -> None:
-        self._values: dict[str, bytes] = {}
-        self._lock = threading.Lock()
-
-    def get(self, key: str) -> bytes | None:
-        return self._values.get(key)
-
-    def put(self, key: str, value: bytes) -> None:
-        self._values[key] = value
-
-    def claim(self, key: str) -> bool:
-        with self._lock:
-            fresh = key not in self._values
-            self._values.setdefault(key, b"")
-            return fresh
-
-    def keys(self, prefix: str) -> list[str]:
-        with self._lock:
-            return [key for key in self._values if key.startswith(prefix)]
-
-    def delete(self, key: str) -> None:
-        self._values.pop(key, None)
+from expertmesh.deployments.controller.durable import EPOCHS_A_TERM, Deposed, Office, PlacementState, first_epoch
+from tests.support.key_values import Memory
 
 
 def state(expert: int, frozen: bool = False) -> PlacementState:

@@ -38,6 +38,7 @@ from tests.routing.harness import (
     eventually,
     read_frame,
     request_parts,
+    started_servers,
 )
 
 LAYER = LAYERS[0]
@@ -69,17 +70,13 @@ def everything(kind: type[TorchKernel] = TorchKernel) -> TorchKernel:
 @pytest.fixture
 def serve() -> Iterator[Serve]:
     """Starts servers; stops them after the test and checks that nothing is left."""
-    servers: list[RunningServer] = []
+    with started_servers() as servers:
 
-    def start(kernel: Any = None, **options: Any) -> RunningServer:
-        servers.append(RunningServer(kernel or everything(), **{"limits": LIMITS, **options}))
-        return servers[-1]
+        def start(kernel: Any = None, **options: Any) -> RunningServer:
+            servers.append(RunningServer(kernel or everything(), **{"limits": LIMITS, **options}))
+            return servers[-1]
 
-    yield start
-    for server in servers:
-        server.stop()
-        assert server.server.failure is None
-    assert not data_plane_threads()
+        yield start
 
 
 @pytest.fixture
@@ -371,13 +368,18 @@ def test_answers_tell_what_was_computed_and_waited(serve: Serve, open_client: Op
     kernel = everything(Timed)
     assert isinstance(kernel, Timed)
     kernel.clock = Clock()
-    gathered = Gathered(serve(kernel, clock_ns=kernel.clock), open_client, 3)
+    server = serve(kernel, clock_ns=kernel.clock)
+    gathered = Gathered(server, open_client, 3)
     with gathered.while_it_computes():
         for frame, sock in enumerate(gathered.clients):
             ask(sock, frame=frame, layer=LAYERS[frame == 2])
     answers = [read_frame(sock)[0] for sock in gathered.clients]
     assert [answer.computed_us for answer in answers] == [1500, 1500, 3000]
     assert [answer.waited_us for answer in answers] == [3000, 3000, 4500]
+    stats = server.server.stats
+    assert stats.waited_s == pytest.approx(0.0105)
+    assert stats.busy_s == pytest.approx(0.009)
+    assert sum(stats.layer_pairs.values()) == stats.pairs
 
 
 def test_a_bad_frame_among_good_ones_fails_alone(serve: Serve, open_client: Open) -> None:

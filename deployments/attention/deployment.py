@@ -165,6 +165,8 @@ class AttentionReplica:
             loaded = self._mailbox.folder / REPORT_NAME
             if loaded.exists():
                 stats["loaded"] = json.loads(loaded.read_text())
+        if self._engine is not None:
+            stats["load"] = self._engine.load
         stored = self._mailbox.folder / KV_STORE_REPORT
         if stored.exists():
             stats["kv_store"] = json.loads(stored.read_text())

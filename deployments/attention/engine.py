@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import copy
 import time
+from collections import deque
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from vllm.v1.engine import EngineCoreOutput, EngineCoreRequest
 from vllm.v1.engine.core_client import EngineCoreClient
 from vllm.v1.engine.exceptions import EngineDeadError
 from vllm.v1.executor import Executor
+from vllm.v1.metrics.stats import SchedulerStats
 
 from expertmesh.deployments.attention.known_faults import refuse_known_faults
 from expertmesh.deployments.attention.known_tokens import let_force
@@ -56,6 +58,8 @@ def engine_arguments(config: MeshConfig, folder: Path, mesh: MeshSettings | None
 
 _SIGNS_OF_LIFE = 4
 """In the time after which silence is taken for death."""
+_OF_LATE_S, _FIRST_TOKENS = 30.0, 256
+"""What times to first token are kept for."""
 
 
 class Engine:
@@ -75,11 +79,16 @@ class Engine:
         let_force(self.config)
         self._inactivity_s = inactivity_s
         self._core: Any = EngineCoreClient.make_async_mp_client(
-            self.config, Executor.get_class(self.config), log_stats=False
+            self.config,
+            Executor.get_class(self.config),
+            log_stats=True,  # its scheduler says what waits and how full its cache is
         )
         self._streams: dict[str, asyncio.Queue[EngineCoreOutput | BaseException]] = {}
         self._pump: asyncio.Task[None] | None = None
         self._failure: BaseException | None = None
+        self._scheduler: SchedulerStats | None = None
+        self._first_tokens: deque[tuple[float, float]] = deque(maxlen=_FIRST_TOKENS)
+        """When requests of late got their first token, and how long they had waited for it."""
         self._outputs = 0
         """Taken from the engine so far, for any request."""
         self._quiet_since = 0.0
@@ -91,6 +100,18 @@ class Engine:
     def running(self) -> int:
         """Requests that are not finished."""
         return len(self._streams)
+
+    @property
+    def load(self) -> dict[str, float]:
+        """What autoscaling goes by: `waiting` requests, `kv_use` (part of the KV cache, 0 to 1), and `ttft_s`, the mean
+        time to first token of late, where there was any."""
+        now, scheduler = time.monotonic(), self._scheduler if self._streams else None
+        signals = {
+            "waiting": scheduler.num_waiting_reqs if scheduler is not None else 0,
+            "kv_use": scheduler.kv_cache_usage if scheduler is not None else 0.0,
+        }
+        late = [seconds for at, seconds in self._first_tokens if now - at <= _OF_LATE_S]
+        return {**signals, "ttft_s": sum(late) / len(late)} if late else signals
 
     @property
     def pids(self) -> list[int]:
@@ -122,8 +143,8 @@ class Engine:
         if not self._streams:
             self._quiet_since = time.monotonic()
         stream = self._streams[request.request_id] = asyncio.Queue()
-        finished = False
-        outputs_before = self._outputs
+        finished = has_token = False
+        begin, outputs_before = time.monotonic(), self._outputs
         try:
             await self._core.add_request_async(request)
             yield []
@@ -144,6 +165,10 @@ class Engine:
                         raise EngineDeadError from output
                     ready.append(output)
                     finished = finished or output.finish_reason is not None
+                    if output.new_token_ids and not has_token:
+                        has_token = True
+                        now = time.monotonic()
+                        self._first_tokens.append((now, now - begin))
                 yield ready
         finally:
             self._streams.pop(request.request_id, None)
@@ -154,7 +179,9 @@ class Engine:
     async def _distribute(self) -> None:
         try:
             while True:
-                for output in (await self._core.get_output_async()).outputs:
+                outputs = await self._core.get_output_async()
+                self._scheduler = outputs.scheduler_stats or self._scheduler
+                for output in outputs.outputs:
                     self._outputs += 1
                     self._quiet_since = time.monotonic()
                     self._hangs = False

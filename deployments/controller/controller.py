@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections.abc import Iterable, Sequence
@@ -112,6 +113,7 @@ class Controller:
 
     async def join(self, request: JoinRequest) -> Lease | None:
         """A lease of experts; None while all are taken: ask again."""
+        self._check_office(request.seen_epoch)
         self._keep_house()
         return self._members.join(request)
 
@@ -158,6 +160,7 @@ class Controller:
 
     async def report(self, report: AttentionReport) -> None:
         """Takes an attention replica's report."""
+        self._check_office(report.epoch)
         self._keep_house()
         self._members.report(report)
         self._expire()
@@ -336,10 +339,15 @@ class Controller:
                 log.exception("no plan was made")
 
     def __del__(self) -> None:
-        """Serve calls it when the application is removed: the next one begins with what its configuration says."""
+        """Serve calls it when the application is removed: the next one begins with what its configuration says.
+
+        And when another controller has taken over, whose numbers they are then.
+        """
         if (targets := getattr(self, "_targets", None)) is not None:
             self._targets = None
-            targets.clear()
+            with contextlib.suppress(Deposed):
+                self._office.check()
+                targets.clear()
 
     # -- housekeeping -------------------------------------------------------------------------------------------
 
@@ -362,9 +370,23 @@ class Controller:
         try:
             self._office.save(self._decided)
         except Deposed as deposed:
-            self._deposed = deposed
+            self._step_down(deposed)
         except Exception:  # Ray's head is away: it is written with the next change
             log.exception("the placement could not be written down")
+
+    def _check_office(self, seen_epoch: int) -> None:
+        """Raises Deposed if a member has seen a later term's epoch: this controller must not outbid it."""
+        if seen_epoch >= first_epoch(self._office.term + 1):
+            deposed = Deposed(f"epoch {seen_epoch} is of a later term than {self._office.term}")
+            self._step_down(deposed)
+            raise deposed
+
+    def _step_down(self, why: Deposed) -> None:
+        """Decides nothing more; `check_health` has Serve end this process."""
+        self._deposed = why
+        log.error("this controller ends: %s", why)
+        for task in self._tasks:
+            task.cancel()
 
     def _keep_house(self) -> None:
         """Starts what goes on by itself. Raises Deposed if another controller is in office: none may follow this."""
@@ -396,8 +418,7 @@ class Controller:
             try:
                 await asyncio.to_thread(self._office.check)
             except Deposed as deposed:
-                self._deposed = deposed
-                log.error("this controller ends: %s", deposed)
+                self._step_down(deposed)
                 return
             except Exception:  # Ray's head is away
                 log.exception("nobody can say who is in office")

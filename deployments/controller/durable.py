@@ -20,6 +20,7 @@ from typing import Protocol
 
 import numpy as np
 
+from expertmesh.platform.autoscaling.targets import Store
 from expertmesh.routing.placement.static import IntArray
 
 EPOCHS_A_TERM = 1_000_000
@@ -66,23 +67,14 @@ class PlacementState:
             raise ValueError(f"not a placement: {error!r}") from error
 
 
-class KeyValues(Protocol):
+class KeyValues(Store, Protocol):
     """Keys with values that outlive this process."""
-
-    def get(self, key: str) -> bytes | None:
-        """The value; None if there is none."""
-
-    def put(self, key: str, value: bytes) -> None:
-        """Sets or replaces it."""
 
     def claim(self, key: str) -> bool:
         """Sets the key if nobody has; whether it was this call."""
 
     def keys(self, prefix: str) -> list[str]:
         """Those that begin so."""
-
-    def delete(self, key: str) -> None:
-        """Does nothing if it isn't there."""
 
 
 class RayKeyValues:

@@ -20,6 +20,7 @@ from expertmesh.platform.autoscaling.rules import (
 )
 from expertmesh.platform.autoscaling.targets import DEPLOYMENTS, Deployment, Targets
 from expertmesh.platform.config import MeshConfig
+from expertmesh.platform.config.sections import AttentionAutoscaling, ExpertsAutoscaling
 
 log = logging.getLogger("expertmesh.controller")
 
@@ -74,23 +75,15 @@ class Scaling:
             )
             replicas = [member.report for member in self._members.attention.values() if member.report.ready]
             load = attention_load([_attention_signals(r.running, r.stats.get("load", {})) for r in replicas], aims)
-            bounds = Bounds(
-                attention.min_replicas,
-                attention.max_replicas,
-                attention.up_after_s,
-                attention.down_after_s,
-                attention.cooldown_s,
-            )
-            self._decide("attention", load, len(replicas), now, bounds)
+            least, most = attention.min_replicas, attention.max_replicas
+            self._decide("attention", load, len(replicas), now, _bounds(least, most, attention))
         if scaling.experts is not None:
             experts = scaling.experts
             load = experts_load(
                 self._shard_signals(now), balancedness, ShardAims(experts.busy, experts.queueing, experts.balancedness)
             )
-            bounds = Bounds(
-                experts.min_shards, experts.max_shards, experts.up_after_s, experts.down_after_s, experts.cooldown_s
-            )
-            self._decide("experts", load, len(self._members.present()), now, bounds)
+            least, most = experts.min_shards, experts.max_shards
+            self._decide("experts", load, len(self._members.present()), now, _bounds(least, most, experts))
         self._follow()
 
     def _decide(self, deployment: Deployment, load: float, ready: int, now: float, bounds: Bounds) -> None:
@@ -135,6 +128,10 @@ class Scaling:
             return self._config.experts.shards
         scaling = self._config.autoscaling.attention
         return self._config.attention.replicas if scaling is None else scaling.min_replicas
+
+
+def _bounds(least: int, most: int, pace: AttentionAutoscaling | ExpertsAutoscaling) -> Bounds:
+    return Bounds(least, most, pace.up_after_s, pace.down_after_s, pace.cooldown_s)
 
 
 def _attention_signals(running: int, load: Mapping[str, Any]) -> AttentionSignals:

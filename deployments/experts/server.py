@@ -66,6 +66,8 @@ class ServerStats:
     """(token, expert) pairs computed."""
     busy_s: float = 0.0
     """Seconds spent in the kernel."""
+    waited_s: float = 0.0
+    """Seconds that answered frames waited before they were computed, added up."""
     refused: int = 0
     """Frames answered with an error."""
     connections: int = 0
@@ -115,7 +117,7 @@ class FrameServer:
         self._stopped = False
         self._handshakes = ThreadPoolExecutor(_MAX_HANDSHAKES, thread_name_prefix="handshake")
         self._thread = threading.Thread(target=self._run, name="data-plane", daemon=True)
-        self._frames = self._batches = self._pairs = self._refused = self._busy_ns = 0
+        self._frames = self._batches = self._pairs = self._refused = self._busy_ns = self._waited_ns = 0
         self._layer_pairs: dict[int, int] = {}
         self._computing_since_ns: int | None = None
         self.failure: BaseException | None = None
@@ -170,6 +172,7 @@ class FrameServer:
             batches=self._batches,
             pairs=self._pairs,
             busy_s=self._busy_ns / 1e9,
+            waited_s=self._waited_ns / 1e9,
             refused=self._refused,
             connections=len(self._connections),
             layer_pairs=dict(self._layer_pairs),
@@ -266,6 +269,7 @@ class FrameServer:
             job.answered_ns = end
             computed = (end - begin) * job.stream.pairs // pairs
             waited = end - job.arrived_ns - computed
+            self._waited_ns += waited
             self._write(job, Connection.answer, y, at, self.epoch, computed // 1000, waited // 1000)
             at += job.stream.rows
 

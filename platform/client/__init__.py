@@ -15,6 +15,7 @@ from expertmesh.platform.client._models import (
     Placement,
     PlacementSummary,
     Plan,
+    ReplicaLoad,
     Wanted,
 )
 from expertmesh.platform.client._settings import DEFAULT_URL, KEY_ENV, KEY_FILE_ENV, URL_ENV
@@ -39,6 +40,7 @@ __all__ = [
     "Placement",
     "PlacementSummary",
     "Plan",
+    "ReplicaLoad",
     "RouteName",
     "Wanted",
 ]

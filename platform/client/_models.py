@@ -37,6 +37,17 @@ class LoadedBytes(_Answer):
     seconds: float = 0.0
 
 
+class ReplicaLoad(_Answer):
+    """What autoscaling goes by, besides the requests in the engine."""
+
+    waiting: int = 0
+    """Requests that wait in the engine."""
+    kv_use: float = 0.0
+    """Part of the KV cache that is in use, 0 to 1."""
+    ttft_s: float | None = None
+    """Mean time to first token of late; None if there was none."""
+
+
 class AttentionReplica(_Answer):
     """An attention replica, as of its last report."""
 
@@ -50,6 +61,7 @@ class AttentionReplica(_Answer):
     """Requests in its engine."""
     seen_s: float
     """Seconds since that report."""
+    load: ReplicaLoad = ReplicaLoad()
     dispatch: DispatchCounts = DispatchCounts()
     loaded: LoadedBytes | None = None
     """None while it loads, and where the experts are in the engines (mode `colocated`)."""
@@ -79,6 +91,8 @@ class ExpertShard(_Answer):
     """(token, expert) pairs computed."""
     busy_s: float = 0.0
     """Seconds in the kernel."""
+    waited_s: float = 0.0
+    """Seconds that answered frames waited before they were computed, added up."""
     refused: int = 0
     """Frames answered with an error."""
     connections: int = 0

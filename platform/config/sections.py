@@ -373,7 +373,7 @@ class RoutingConfig(Section):
         "null takes $EXPERTMESH_SECRET, else a secret that is made for this machine.",
     )
     max_frame_rows: Rows = Field(default=65536, description="Token rows that one frame holds at most.")
-    max_frame_mib: Mebibytes = Field(default=512, description="Size of one frame at most.")
+    max_frame_mib: Mebibytes = Field(default=512, lt=1 << 42, description="Size of one frame at most.")
     frame_deadline_ms: Milliseconds = Field(
         default=10000.0,
         description="A shard that has not answered by then is given up, whether or not there is another copy.",

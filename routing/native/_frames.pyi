@@ -141,4 +141,4 @@ def parse_header(
     data: bytes | bytearray | memoryview, max_rows: int, max_bytes: int, max_pairs_per_row: int, /
 ) -> tuple[int, int, int, int, int, int, int, int, int, int] | None:
     """(kind, dtype, layer, rows, pairs, width, epoch, frame, u32 at 40, u32 at 44), or None where the specification's
-    `parse_header` refuses, and for bodies of 2**62 bytes and more under any limit. For tests."""
+    `parse_header` refuses. For tests."""

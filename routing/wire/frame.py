@@ -76,9 +76,14 @@ class Limits:
     max_rows: int = 65_536
     """Token rows in a frame."""
     max_bytes: int = 512 << 20
-    """Bytes of a body."""
+    """Bytes of a body; less than 2**62, which no memory holds and no sum of lengths overflows."""
     max_pairs_per_row: int = 64
     """Experts that one token may be sent to: more than any model's top-k."""
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for a body that no memory could hold."""
+        if self.max_bytes >= 1 << 62:
+            raise ValueError(f"max_bytes: {self.max_bytes}; allowed: less than 2**62")
 
 
 class Header(NamedTuple):

@@ -8,14 +8,13 @@ import socket
 import threading
 import warnings
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import httpx
 import openai
 import pytest
-import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, StreamingResponse
 from hypothesis import given
@@ -29,6 +28,7 @@ from expertmesh.platform.access import ADMIN, INFER
 from expertmesh.platform.access.file import change_keys
 from expertmesh.platform.config import IngressConfig
 from tests.access.test_keys import make, write
+from tests.support.serving import served
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # Ray uses pydantic in a way that pydantic gives up
@@ -93,20 +93,6 @@ def _event(text: str) -> str:
 def _completion(kind: str, **choice: Any) -> dict[str, Any]:
     choices = [{"index": 0, "finish_reason": None, **choice}]
     return {"id": "1", "object": kind, "created": 1, "model": "demo", "choices": choices}
-
-
-@contextmanager
-def served(app: FastAPI) -> Iterator[str]:
-    """Its URL. The socket listens before the thread starts, so nobody comes too early."""
-    with socket.create_server(("127.0.0.1", 0)) as listening:
-        server = uvicorn.Server(uvicorn.Config(app, log_level="critical", lifespan="off", ws="none"))
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
-        thread.start()
-        try:
-            yield f"http://127.0.0.1:{listening.getsockname()[1]}"
-        finally:
-            server.should_exit = True
-            thread.join()
 
 
 Serve = Callable[..., str]

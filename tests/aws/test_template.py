@@ -12,11 +12,11 @@ import botocore.session
 import pytest
 import redis
 
+from benchmarks.timing import free_port
 from expertmesh.kv_store import Endpoint, StoreClient, StoreSettings
 from expertmesh.platform.aws import Infrastructure, load_infrastructure
 from expertmesh.platform.aws.stack import MAX_TEMPLATE_BYTES, TEMPLATE
 from tests.aws.template import INFRASTRUCTURE, actions, resources, statements, template
-from tests.conftest import free_port
 from tests.kv_store.servers import command, plain_server, until
 
 EVERYTHING = Infrastructure.model_validate(

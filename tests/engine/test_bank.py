@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -52,58 +52,50 @@ def test_a_bank_computes_its_lease_and_nothing_else(family: Callable[[str], Path
             host.ask("compute", 99, (*pair, torch.ones(1)))
 
 
+def check_serves(host: Worker, folder: Path, held: Mapping[int, list[int]]) -> None:
+    """Of the first four experts: those that each layer holds are computed right, the others refused."""
+    hidden = int(open_checkpoint(folder).config["hidden_size"])
+    x = torch.randn(4, hidden, generator=torch.Generator().manual_seed(5))
+    rows, weights = torch.arange(4, dtype=torch.int32), torch.full((4,), 0.5)
+    for layer, mine in held.items():
+        for expert in range(4):
+            experts = torch.full((4,), expert, dtype=torch.int32)
+            if expert not in mine:
+                with pytest.raises(RuntimeError, match="NotHeld"):
+                    host.ask("compute", layer, (x, experts, rows, weights))
+                continue
+            y = host.ask("compute", layer, (x, experts, rows, weights))
+            reference = combined(folder, layer, x, experts, rows, weights)
+            torch.testing.assert_close(y, reference, rtol=1e-4, atol=1e-5 * float(reference.abs().max()))
+
+
 @pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss"])
 def test_experts_come_and_go_while_it_serves(family: Callable[[str], Path], name: str) -> None:
     folder = family(name)
-    checkpoint = open_checkpoint(folder)
-    layout = expert_layout(checkpoint)
-    hidden = int(checkpoint.config["hidden_size"])
+    layout = expert_layout(open_checkpoint(folder))
     slots = np.array([[0, 1, -1]] * len(layout.layers), np.int32)
     wanted = slots.copy()
     wanted[0] = [0, 3, 2]  # one replaced, one into the empty slot
     wanted[-1] = [2, -1, -1]  # one replaced, one dropped
-    x = torch.randn(4, hidden, generator=torch.Generator().manual_seed(5))
-    rows, weights = torch.arange(4, dtype=torch.int32), torch.full((4,), 0.5)
     with Worker(BankHost, folder, slots) as host:
         read = host.ask("load", wanted)
         first, last = layout.layers[0], layout.layers[-1]
         assert read == layout.expert_bytes(first, 3) + layout.expert_bytes(first, 2) + layout.expert_bytes(last, 2)
-        for layer, held in zip(layout.layers, wanted.tolist(), strict=True):
-            for expert in range(4):
-                experts = torch.full((4,), expert, dtype=torch.int32)
-                if expert not in held:
-                    with pytest.raises(RuntimeError, match="NotHeld"):
-                        host.ask("compute", layer, (x, experts, rows, weights))
-                    continue
-                y = host.ask("compute", layer, (x, experts, rows, weights))
-                reference = combined(folder, layer, x, experts, rows, weights)
-                torch.testing.assert_close(y, reference, rtol=1e-4, atol=1e-5 * float(reference.abs().max()))
+        check_serves(host, folder, dict(zip(layout.layers, wanted.tolist(), strict=True)))
 
 
 @pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss"])
 def test_a_bank_grows_for_more_experts_and_shrinks_when_they_are_gone(family: Callable[[str], Path], name: str) -> None:
     folder = family(name)
     layout = expert_layout(open_checkpoint(folder))
-    hidden = int(open_checkpoint(folder).config["hidden_size"])
     layers = len(layout.layers)
     empty = np.full((layers, 2), -1, np.int32)
     few = np.array([[1, -1]] * layers, np.int32)
     many = np.array([[1, -1, 3, 2]] * layers, np.int32)
     many[0, 1:] = [0, -1, -1]  # no more slots here, and one that was free
-    x = torch.randn(4, hidden, generator=torch.Generator().manual_seed(5))
-    rows, weights = torch.arange(4, dtype=torch.int32), torch.full((4,), 0.5)
     with Worker(BankHost, folder, empty) as host:
         assert host.ask("facts")[2] == 0, "nothing is read before it is asked for"
         for wanted, read in ((few, layers), (many, 2 * layers - 1), (few, 0)):
             fresh = host.ask("load", np.pad(wanted, ((0, 0), (0, 2)), constant_values=-1))
             assert fresh == read * layout.expert_bytes(layout.layers[0], 0)
-            for layer, held in zip(layout.layers, wanted.tolist(), strict=True):
-                for expert in range(4):
-                    experts = torch.full((4,), expert, dtype=torch.int32)
-                    if expert not in held:
-                        with pytest.raises(RuntimeError, match="NotHeld"):
-                            host.ask("compute", layer, (x, experts, rows, weights))
-                        continue
-                    y = host.ask("compute", layer, (x, experts, rows, weights))
-                    reference = combined(folder, layer, x, experts, rows, weights)
-                    torch.testing.assert_close(y, reference, rtol=1e-4, atol=1e-5 * float(reference.abs().max()))
+            check_serves(host, folder, dict(zip(layout.layers, wanted.tolist(), strict=True)))

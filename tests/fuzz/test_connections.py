@@ -25,10 +25,10 @@ from tests.routing.harness import (
     ReferenceExperts,
     RunningServer,
     TorchKernel,
-    data_plane_threads,
     eventually,
     read_frame,
     request_parts,
+    started_servers,
 )
 
 LIMITS = Limits(max_rows=1 << 20, max_bytes=64 << 20, max_pairs_per_row=8)
@@ -45,18 +45,14 @@ Serve = Callable[..., RunningServer]
 @pytest.fixture
 def serve() -> Iterator[Serve]:
     """Starts servers of every expert; stops them after the test and checks that nothing is left."""
-    servers: list[RunningServer] = []
+    with started_servers() as servers:
 
-    def start(family: str = "unix", limits: Limits = LIMITS) -> RunningServer:
-        kernel = TorchKernel(ReferenceExperts(), {layer: set(range(EXPERTS)) for layer in LAYERS})
-        servers.append(RunningServer(kernel, family=family, limits=limits))
-        return servers[-1]
+        def start(family: str = "unix", limits: Limits = LIMITS) -> RunningServer:
+            kernel = TorchKernel(ReferenceExperts(), {layer: set(range(EXPERTS)) for layer in LAYERS})
+            servers.append(RunningServer(kernel, family=family, limits=limits))
+            return servers[-1]
 
-    yield start
-    for server in servers:
-        server.stop()
-        assert server.server.failure is None
-    assert not data_plane_threads()
+        yield start
 
 
 @contextlib.contextmanager

@@ -17,8 +17,8 @@ from typing import Any
 
 import pytest
 
+from benchmarks.timing import free_port
 from expertmesh.platform.config import MeshConfig
-from tests.conftest import free_port
 from tests.helm.chart import CHART, NAME, NAMESPACE, RELEASE, Helm, Object, Refused
 
 SELECTOR = {"app.kubernetes.io/name": "expertmesh", "app.kubernetes.io/instance": RELEASE}

@@ -88,6 +88,24 @@ class EngineHost:
             return str(error)
         return ""
 
+    def load(self) -> dict[str, float]:
+        """What autoscaling would go by now."""
+        return self._engine.load
+
+    def load_while_it_answers(self, prompt: Sequence[int]) -> dict[str, float]:
+        """The same, in the middle of an answer."""
+        return self._runner.run(self._load_while_it_answers(prompt))
+
+    async def _load_while_it_answers(self, prompt: Sequence[int]) -> dict[str, float]:
+        stream = self._engine.generate(self._request(prompt, {"max_tokens": 20, "ignore_eos": True}))
+        tokens = 0
+        load: dict[str, float] = {}
+        async for outputs in stream:
+            tokens += sum(len(output.new_token_ids) for output in outputs)
+            if tokens >= 2 and not load:
+                load = self._engine.load
+        return load
+
     def pids(self) -> list[int]:
         """The engine's processes."""
         return self._engine.pids

@@ -61,6 +61,16 @@ def say(engine: Worker, kind: str, known: tuple[int, ...] = (), way: Way | None 
     return said
 
 
+def test_an_engine_tells_what_autoscaling_goes_by(engine: Worker) -> None:
+    busy = engine.ask("load_while_it_answers", PROMPT)
+    assert busy["waiting"] == 0
+    assert 0 < busy["kv_use"] < 1
+    assert busy["ttft_s"] > 0
+    idle = engine.ask("load")
+    assert idle["kv_use"] == idle["waiting"] == 0
+    assert idle["ttft_s"] > 0, "of late"
+
+
 def test_a_seed_counts_from_the_first_token_however_the_prompt_was_computed(engine: Worker) -> None:
     """In chunks first, which ended vLLM's engine on CPU, then mostly from the prefix cache."""
     prompt = [20 + (7 * i) % 300 for i in range(2 * CHUNK_TOKENS + 22)]

@@ -14,7 +14,7 @@ import openai
 import pytest
 
 from benchmarks.bare import Worker
-from tests.conftest import free_port
+from benchmarks.timing import free_port
 from tests.ingress.scripted import PROMPT, TEXT, Fate, IngressHost
 
 pytestmark = pytest.mark.mesh

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.timing import free_port
 from expertmesh.kv_store import Endpoint, Identity, Keyspace, StoreClient, StoreSettings
-from tests.conftest import free_port
 from tests.kv_store.servers import Server, form_cluster, plain_server, redis_with_tls, write_certificates
 
 PASSWORD = "not-a-word-of-any-message"

@@ -8,9 +8,9 @@ from dataclasses import replace
 
 import pytest
 
+from benchmarks.timing import free_port
 from expertmesh.kv_store import Endpoint, Keyspace, StoreClient, StoreClosed, StoreRefused, StoreSettings, admin
 from expertmesh.kv_store.codec import Verdict, seal
-from tests.conftest import free_port
 from tests.kv_store.conftest import PASSWORD
 from tests.kv_store.servers import PATIENCE_S, Server, command
 

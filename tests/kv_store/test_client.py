@@ -12,6 +12,7 @@ from dataclasses import replace
 
 import pytest
 
+from benchmarks.timing import free_port
 from expertmesh.kv_store import (
     Endpoint,
     StoreClient,
@@ -24,7 +25,6 @@ from expertmesh.kv_store import (
 )
 from expertmesh.kv_store.channel import Reply
 from expertmesh.kv_store.topology import moved_to
-from tests.conftest import free_port
 from tests.kv_store.conftest import PASSWORD
 from tests.kv_store.servers import PATIENCE_S, Server, command, node_id, until
 

@@ -17,7 +17,7 @@ import psutil
 import pytest
 import yaml
 
-from tests.conftest import free_port
+from benchmarks.timing import free_port
 from tests.mesh.test_command_line import BIN, command, wait_until
 
 pytestmark = pytest.mark.mesh

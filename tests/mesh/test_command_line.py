@@ -17,7 +17,7 @@ import psutil
 import pytest
 import yaml
 
-from tests.conftest import free_port
+from benchmarks.timing import free_port
 
 pytestmark = pytest.mark.mesh
 

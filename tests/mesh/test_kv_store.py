@@ -17,11 +17,11 @@ import psutil
 import pytest
 import yaml
 
+from benchmarks.timing import free_port
 from expertmesh.deployments.local import LocalMesh
 from expertmesh.errors import ConfigError
 from expertmesh.kv_store.configured import embedded_link
 from expertmesh.platform.config import load_config
-from tests.conftest import free_port
 from tests.mesh.test_command_line import BIN, answers, command, wait_until
 
 pytestmark = pytest.mark.mesh

@@ -250,6 +250,17 @@ def data_plane_threads() -> list[str]:
 
 
 @contextmanager
+def started_servers() -> Iterator[list[RunningServer]]:
+    """Servers that the block adds are stopped after it, and must not have failed or left anything."""
+    servers: list[RunningServer] = []
+    yield servers
+    for server in servers:
+        server.stop()
+        assert server.server.failure is None
+    assert not data_plane_threads()
+
+
+@contextmanager
 def shard_process(
     held: Mapping[int, set[int]], shard: str, *, host: str | None = None, prefix: Sequence[str] = ()
 ) -> Iterator[tuple[subprocess.Popen[str], Target]]:

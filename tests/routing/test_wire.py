@@ -227,3 +227,9 @@ def test_a_pair_that_names_a_row_outside_the_frame_is_refused(row: int, named: s
     sent = join(dispatch_parts(torch.zeros(3, 8), four, rows, four.astype(np.float32), layer=0, epoch=0, frame=0))
     with pytest.raises(WireError, match=rf"names row {named}; the frame has 3 rows"):
         parse_dispatch(parse_header(sent, LIMITS), memoryview(sent)[HEADER_BYTES:])
+
+
+def test_limits_that_no_memory_could_hold_are_refused() -> None:
+    assert Limits(max_bytes=2**62 - 1).max_bytes == 2**62 - 1
+    with pytest.raises(ValueError, match=r"max_bytes: 4611686018427387904; allowed: less than 2\*\*62"):
+        Limits(max_bytes=2**62)
