@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,6 +15,10 @@ from expertmesh.platform.config import load_config
 
 if TYPE_CHECKING:
     from expertmesh.deployments.local import LocalMesh
+
+
+logging.getLogger("expertmesh").setLevel(logging.WARNING)
+"""As in a replica; else it would be the root's, which vLLM's front end changes."""
 
 
 @pytest.fixture(scope="session")

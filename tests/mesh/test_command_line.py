@@ -156,7 +156,7 @@ def test_serve_run_and_serve_deploy_with_the_builder_serve_a_dense_model_colocat
             wait_until(lambda: answers(url), process, log)
             check_answers(url)
             process.send_signal(signal.SIGINT)
-            process.wait(240)  # Serve lets replicas drain one after the other
+            process.wait(60)
         assert not answers(url)
         deploy = [str(BIN / "serve"), "deploy", f"--address={dashboard}", str(tmp_path / "serve.yaml")]
         done = subprocess.run(deploy, capture_output=True, text=True, check=False)
