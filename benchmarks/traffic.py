@@ -76,7 +76,7 @@ class Traffic:
         self._thread.join()
 
     def worst_gap_s(self, since: float, until: float) -> float:
-        """The longest pause that touches an interval of `time.monotonic()`; those not over yet don't count."""
+        """The longest pause that touches an interval of `time.monotonic()` and is over."""
         found = [gap.seconds for gap in self.gaps if gap.end >= since and gap.end - gap.seconds <= until]
         return max(found, default=0.0)
 

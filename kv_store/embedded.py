@@ -59,7 +59,7 @@ class EmbeddedServer:
     `budget_bytes` is for the server's process: values are dropped, least recently used first, to stay within it.
     `password` is random by default. `link` is made a symbolic link to the server's folder, with its `socket`, for as
     long as the server lives; one of an older server is replaced. Raises StoreClosed if it doesn't start, ConfigError if
-    there is none. A server that ended by itself isn't started again: the store is then away.
+    there is none. A server that ends by itself is started again, empty, at the same address.
     """
 
     def __init__(self, budget_bytes: int, password: str | None = None, link: Path | None = None) -> None:
@@ -90,7 +90,7 @@ class EmbeddedServer:
 
     @property
     def running(self) -> bool:
-        """Whether the server is still there."""
+        """Whether the server is there, or about to be again."""
         return self._guard.poll() is None
 
     def close(self) -> None:

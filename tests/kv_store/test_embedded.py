@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import stat
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import psutil
@@ -14,6 +16,7 @@ import pytest
 
 from expertmesh.kv_store import EmbeddedServer, StoreClient, StoreClosed, StoreRefused, StoreSettings, embedded
 from expertmesh.kv_store.embedded import MEMORY_OVERHEAD
+from expertmesh.kv_store.guard import _LEAST_LIFE_S as LEAST_LIFE_S
 from tests.kv_store.servers import PATIENCE_S, until
 
 BUDGET = 64 << 20
@@ -107,10 +110,32 @@ def test_it_does_not_outlive_its_guard() -> None:
     assert not Path(server.settings.endpoint.path).parent.exists()
 
 
-def test_a_server_that_ends_by_itself_is_noticed() -> None:
+def answers(server: EmbeddedServer) -> bool:
+    """Whether it does, now."""
+    client = StoreClient(server.settings)
+    (reply,) = client.exists([b"a"], PATIENCE_S)
+    client.close()
+    return reply is None  # the key is not there, and no error
+
+
+def test_a_server_that_ends_by_itself_is_started_again_if_it_had_lived() -> None:
     with EmbeddedServer(BUDGET) as server:
-        guard_of_ours().children()[0].kill()
-        until(lambda: not server.running, "guard tells")
+        (first,) = guard_of_ours().children()
+        until(lambda: time.time() - first.create_time() > 2 * LEAST_LIFE_S, "it has lived")
+        first.kill()
+        until(lambda: answers(server), "another one answers")
+        (second,) = guard_of_ours().children()
+        assert second.pid != first.pid
+        guard = guard_of_ours()
+
+        def given_up() -> bool:
+            """Whether the guard is gone, after another kill: of a server that had only just begun, the last time."""
+            with contextlib.suppress(psutil.NoSuchProcess):
+                for valkey in guard.children():
+                    valkey.kill()
+            return not server.running
+
+        until(given_up, "the guard gives up")
 
 
 def test_a_server_that_does_not_start_tells_why(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
