@@ -19,10 +19,8 @@ import yaml
 from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
-from typer.testing import CliRunner
 
 from expertmesh.errors import ConfigError
-from expertmesh.platform.cli.config import config_app
 from expertmesh.platform.config import (
     DEMO,
     SECRET_ENV,
@@ -38,6 +36,7 @@ from expertmesh.platform.config import (
 from expertmesh.platform.config import schema as schemas
 from expertmesh.platform.config.markdown import EXAMPLE
 from expertmesh.platform.config.secret import looks_like_secret
+from tests.support.command import Done, expertmesh
 
 ROOT = Path(__file__).resolve().parent.parent
 SCHEMA = config_schema()
@@ -183,6 +182,13 @@ BAD_VALUES: list[tuple[str, object, str]] = [
         {"min_shards": 3, "max_shards": 2},
         "2 is below autoscaling.experts.min_shards (3)",
     ),
+    ("telemetry.traces_sample", 1.5, "1.5 is above the maximum 1"),
+    (
+        "telemetry.traces_endpoint",
+        "http://collector",
+        "'http://collector' is not the address of an OTLP collector; allowed: "
+        "http(s)://host:port[/path], grpc(s)://host:port",
+    ),
     ("ingress.port", 70000, "70000 is above the maximum 65535"),
     ("model", 3, "3 is not a section; allowed: text or the keys source"),
     (
@@ -279,6 +285,19 @@ def test_yaml_that_cannot_be_read_names_file_line_and_column(write_yaml: WriteYa
     path = write_yaml(text)
     [line] = problems(path)
     assert line.startswith(f"{path}: {said}")
+
+
+def test_other_libraries_do_not_change_what_is_read(write_yaml: WriteYaml) -> None:
+    """lm-format-enforcer makes text of timestamps in all of PyYAML's safe loaders when it is imported."""
+    tag = "tag:yaml.org,2002:timestamp"
+    constructors = yaml.SafeLoader.yaml_constructors
+    before = constructors[tag]
+    constructors[tag] = constructors["tag:yaml.org,2002:str"]
+    try:
+        [line] = problems(write_yaml("x: 2026-13-45"))
+    finally:
+        constructors[tag] = before
+    assert "this can't be read as timestamp" in line
 
 
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:
@@ -559,8 +578,8 @@ def values(node: dict[str, Any]) -> st.SearchStrategy[Any]:
             return st.integers(node["minimum"], node.get("maximum", 2**40))
         case "number":
             low = node.get("minimum", node.get("exclusiveMinimum"))
-            high = node.get("exclusiveMaximum", 1e18)
-            return st.floats(low, high, exclude_min="minimum" not in node, exclude_max=True)
+            high = node.get("maximum", node.get("exclusiveMaximum", 1e18))
+            return st.floats(low, high, exclude_min="minimum" not in node, exclude_max="maximum" not in node)
         case "array":
             return st.lists(values(node["items"]), max_size=3)
         case "string" if "pattern" in node:
@@ -730,10 +749,8 @@ def test_documentation_module_writes_it_and_imports_nothing_heavy() -> None:
 # --- expertmesh config ---
 
 
-def run(*arguments: str) -> tuple[int, str, str]:
-    result = CliRunner().invoke(config_app, arguments)
-    assert result.exception is None or isinstance(result.exception, SystemExit)
-    return result.exit_code, result.stdout, result.stderr
+def run(*arguments: str) -> Done:
+    return expertmesh("config", *arguments)
 
 
 def test_cli_show(write_yaml: WriteYaml) -> None:
@@ -752,16 +769,21 @@ def test_cli_check(write_yaml: WriteYaml, tmp_path: Path) -> None:
     assert run("check", path) == (0, f"ok: {path}\n", "")
     bad = str(write_yaml("experts: {shards: 0}\nx: 1\n"))
     code, out, err = run("check", bad)
-    assert (code, out) == (1, "")
-    assert [line.split(":")[0] for line in err.splitlines()] == ["experts.shards", "x"]
-    assert run("check", str(tmp_path / "none.yaml"))[0] == 1
+    assert (code, out) == (2, "")
+    assert [line.split(":")[:2] for line in err.splitlines()] == [["error", " experts.shards"], ["error", " x"]]
+    assert run("check", str(tmp_path / "none.yaml")).code == 2
+    assert json.loads(run("check", "demo", "--json").out) == {"ok": True, "problems": []}
+    code, out, err = run("check", bad, "--json")
+    assert (code, json.loads(out)["ok"], err) == (2, False, "")
+    assert len(json.loads(out)["problems"]) == 2
+    assert run("check", "demo", "--set", "experts.shards=0").code == 2
 
 
 def test_cli_errors_and_usage() -> None:
     code, out, err = run("show", "--set", "experts.shards=0")
-    assert (code, out, err) == (1, "", "experts.shards: 0 is below the minimum 1\n")
+    assert (code, out, err) == (2, "", "error: experts.shards: 0 is below the minimum 1\n")
     for arguments in (("check",), ("show", "--set", "experts.shards"), ("show", "--nope"), ("nope",)):
-        assert run(*arguments)[0] == 2
+        assert run(*arguments).code == 2
 
 
 def test_cli_schema() -> None:

@@ -75,6 +75,7 @@ def _absolute(path: Path, info: ValidationInfo) -> Path:
 Count = Annotated[int, Field(ge=1)]
 NonNegative = Annotated[int, Field(ge=0)]
 Fraction = Annotated[float, Field(gt=0, lt=1)]
+Share = Annotated[float, Field(ge=0, le=1)]
 Tokens = Annotated[int, Field(ge=1, json_schema_extra=unit("tokens"))]
 Rows = Annotated[int, Field(ge=1, json_schema_extra=unit("rows"))]
 Kibibytes = Annotated[int, Field(ge=1, json_schema_extra=unit("KiB"))]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 Node = dict[str, Any]
@@ -30,6 +30,14 @@ def properties(schema: Node, node: Node) -> dict[str, Node]:
             found: dict[str, Node] = choice["properties"]
             return found
     return {}
+
+
+def dotted_keys(schema: Node, node: Node | None = None, above: str = "") -> Iterator[str]:
+    """The dotted path of every key below `node` (of all, without one) that is no section with keys of its own."""
+    for key, inner in properties(schema, node or schema).items():
+        here = f"{above}{key}"
+        below = list(dotted_keys(schema, inner, f"{here}."))
+        yield from below or [here]
 
 
 def node_at(schema: Node, path: Iterable[object]) -> Node | None:

@@ -25,6 +25,7 @@ from expertmesh.platform.config.fields import (
     Rows,
     Seconds,
     Section,
+    Share,
     Text,
     Tokens,
     loading,
@@ -40,6 +41,8 @@ DEMO = "demo"
 _HOST_NAME = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9_-]*[A-Za-z0-9_])?(\.[A-Za-z0-9_]([A-Za-z0-9_-]*[A-Za-z0-9_])?)*\.?")
 
 _ORIGIN = r"https?://[A-Za-z0-9._-]+(:[0-9]{1,5})?"
+
+_COLLECTOR = r"(https?://[A-Za-z0-9._-]+:[0-9]{1,5}(/[A-Za-z0-9._~/-]*)?|grpcs?://[A-Za-z0-9._-]+:[0-9]{1,5})"
 
 
 def _host(value: str) -> str:
@@ -72,6 +75,15 @@ def _endpoint_url(value: str) -> str:
     return value
 
 
+def _collector(value: str) -> str:
+    if not re.fullmatch(_COLLECTOR, value):
+        raise problem(
+            f"{show(value)} is not the address of an OTLP collector; allowed: http(s)://host:port[/path], "
+            "grpc(s)://host:port"
+        )
+    return value
+
+
 Host = Annotated[str, AfterValidator(_host)]
 Origins = Annotated[
     list[str],
@@ -79,6 +91,7 @@ Origins = Annotated[
     Field(json_schema_extra={"items": {"type": "string", "pattern": rf"^(\*|{_ORIGIN})$"}}),
 ]
 EndpointUrl = Annotated[str, AfterValidator(_endpoint_url), Field(json_schema_extra={"pattern": f"^{_ORIGIN}$"})]
+CollectorUrl = Annotated[str, AfterValidator(_collector), Field(json_schema_extra={"pattern": f"^{_COLLECTOR}$"})]
 Resources = dict[Annotated[str, AfterValidator(_resource_name)], Quantity]
 
 
@@ -352,6 +365,25 @@ class RequestRoutingConfig(Section):
     )
 
 
+class TlsConfig(Section):
+    """TLS 1.3 on TCP between attention replicas and shards, and on KV event streams. Both sides show certificates."""
+
+    cert_file: LocalPath = Field(
+        description="PEM file with this node's certificate, authorities between it and one of `ca_file` behind it. "
+        "This and the other two files are read again when they change."
+    )
+    key_file: LocalPath = Field(description="PEM file with its private key, closed to other users.")
+    ca_file: LocalPath = Field(
+        description="PEM file of the authorities whose certificates a peer may have. Whoever has one is a member of "
+        "the mesh: let them sign for nobody else. Names in certificates are not compared."
+    )
+    renew_after_s: Seconds = Field(
+        default=3600.0,
+        description="Age at which a connection from an attention replica to a shard is opened anew, with the "
+        "certificates of the time.",
+    )
+
+
 class RoutingConfig(Section):
     """How tokens reach the expert shards, and requests an attention replica."""
 
@@ -365,12 +397,17 @@ class RoutingConfig(Section):
     )
     bind_host: Host = Field(
         default="127.0.0.1",
-        description="Address that shards listen on for TCP; auto is the node's address as Ray knows it.",
+        description="Address that shards, replicas and the ingress listen on for TCP; auto is the node's address as "
+        "Ray knows it.",
     )
     secret_file: LocalPath | None = Field(
         default=None,
         description="File with the cluster's secret, at least 16 bytes, closed to other users; "
         "null takes $EXPERTMESH_SECRET, else a secret that is made for this machine.",
+    )
+    tls: TlsConfig | None = Field(
+        default=None,
+        description="Encryption between nodes. null: TCP is plain. Set: plain TCP is neither made nor accepted.",
     )
     max_frame_rows: Rows = Field(default=65536, description="Token rows that one frame holds at most.")
     max_frame_mib: Mebibytes = Field(default=512, lt=1 << 42, description="Size of one frame at most.")
@@ -585,11 +622,22 @@ class IngressConfig(Section):
     host: Host = Field(default="127.0.0.1", description="Address that the HTTP server listens on.")
     port: int = Field(default=8000, ge=1, le=65535, description="TCP port of the HTTP server.")
     replicas: Count = Field(default=1, description="Ingress replicas.", json_schema_extra=unit("replicas"))
+    proxy: Literal["serve", "haproxy"] = Field(
+        default="serve",
+        description="What takes HTTP connections: Serve's own proxy, or HAProxy, which Ray brings along and which "
+        "costs a fraction; its read-only pages of statistics listen on every address. A Ray cluster that runs already "
+        "decides itself, by RAY_SERVE_ENABLE_HA_PROXY=1 in the environment of its nodes.",
+    )
     max_ongoing_requests: int = Field(
         default=256,
         ge=1,
         description="Sequences that one ingress replica works on at once; further requests get 429.",
         json_schema_extra=unit("sequences"),
+    )
+    max_wait_s: Seconds = Field(
+        default=120.0,
+        description="A request that would wait longer than this for its first token, by what those of late have "
+        "waited, gets 429; set it to the time to first token that is still of use.",
     )
     replica_timeout_s: Seconds = Field(
         default=120.0,
@@ -609,10 +657,36 @@ class IngressConfig(Section):
 
 
 class TelemetryConfig(Section):
-    """Logs and load statistics."""
+    """Logs, metrics, traces and load statistics."""
 
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         default="warning", description="Least severity that vLLM and ExpertMesh log."
     )
+    log_format: Literal["text", "json"] = Field(
+        default="text", description="Log lines for people, or JSON objects, one a line, for machines."
+    )
     access_log: bool = Field(default=False, description="Log a line for each HTTP request.")
+    traces_endpoint: CollectorUrl | None = Field(
+        default=None,
+        description="OTLP collector that gets the traces: `http(s)://host:port[/path]` (without a path `/v1/traces`) "
+        "or `grpc(s)://host:port`; null makes none. Headers with credentials come from "
+        "$OTEL_EXPORTER_OTLP_HEADERS, never from here.",
+    )
+    traces_sample: Share = Field(
+        default=1.0,
+        description="Part of the requests that are traced; of those with a `traceparent` header, what it says.",
+    )
+    dispatch_sample: Share = Field(
+        default=0.01,
+        description="Part of the dispatches to shards, a layer of a step each, that become spans in traced requests; "
+        "at most 64 a request.",
+    )
     loads_interval_s: Seconds = Field(default=0.5, description="How often the experts' loads are read.")
+    metrics: bool = Field(default=True, description="Report the mesh's own metrics to Ray's Prometheus exporter.")
+    metrics_port: int = Field(
+        default=0,
+        ge=0,
+        le=65535,
+        description="Loopback port of the metrics of a mesh that starts its own Ray; 0 for any that is free, which "
+        "`expertmesh serve` prints.",
+    )

@@ -34,6 +34,9 @@ class _Loader(yaml.SafeLoader):
                 None, None, f"this can't be read as {kind}; is it text that needs quotes?", node.start_mark
             ) from None
 
+    def timestamp(self, node: yaml.ScalarNode) -> Any:
+        return self.construct_yaml_timestamp(node)
+
     def _refuse_repeated_keys(self, node: yaml.MappingNode) -> None:
         lines: dict[tuple[str, str], int] = {}
         for key, _ in node.value:
@@ -56,6 +59,8 @@ class _Dumper(yaml.SafeDumper):
 _Dumper.add_representer(str, _Dumper.represent_str)
 
 _Loader.add_implicit_resolver(_FLOAT_TAG, _EXPONENT, _FIRST)
+# lm-format-enforcer, which vLLM imports for some grammars, makes text of timestamps in every SafeLoader of the process.
+_Loader.add_constructor("tag:yaml.org,2002:timestamp", _Loader.timestamp)
 _Dumper.add_implicit_resolver(_FLOAT_TAG, _EXPONENT, _FIRST)  # so that such text is quoted
 
 

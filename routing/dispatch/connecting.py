@@ -12,7 +12,7 @@ import time
 from dataclasses import dataclass
 
 from expertmesh.errors import WireError
-from expertmesh.routing.transport import Address, Peer, connect
+from expertmesh.routing.transport import Address, Peer, Tls, connect
 
 GRACE_S = 0.1
 """How long a shard that never failed is waited for."""
@@ -33,12 +33,12 @@ class Outcome:
 class Attempt:
     """One attempt to connect, in a thread of its own, which ends with the attempt's timeout at the latest."""
 
-    def __init__(self, address: Address, secret: bytes, timeout_s: float) -> None:
+    def __init__(self, address: Address, secret: bytes, timeout_s: float, tls: Tls | None = None) -> None:
         self._lock = threading.Lock()
         self._outcome: Outcome | None = None
         self._unwanted = False
         self._over = threading.Event()
-        arguments = (address, secret, timeout_s)
+        arguments = (address, secret, timeout_s, tls)
         threading.Thread(target=self._run, args=arguments, name="connecting", daemon=True).start()
 
     def outcome(self, wait_s: float) -> Outcome | None:
@@ -54,11 +54,11 @@ class Attempt:
         if outcome is not None and outcome.connection is not None:
             outcome.connection[0].close()
 
-    def _run(self, address: Address, secret: bytes, timeout_s: float) -> None:
+    def _run(self, address: Address, secret: bytes, timeout_s: float, tls: Tls | None) -> None:
         begin = time.monotonic()
         why, connection = "", None
         try:
-            connection = connect(address, secret, timeout_s)
+            connection = connect(address, secret, timeout_s, tls)
         except WireError as error:
             why = str(error)
         with self._lock:

@@ -25,7 +25,7 @@ from expertmesh.routing import native
 from expertmesh.routing.dispatch.copies import LayerCopies, TableCopies
 from expertmesh.routing.dispatch.link import Link
 from expertmesh.routing.dispatch.links import PATIENCE, Links
-from expertmesh.routing.dispatch.mailbox import LoadCounters, TableSource
+from expertmesh.routing.dispatch.mailbox import EVENTS, LoadCounters, TableSource
 from expertmesh.routing.dispatch.outage import FailedRows, Outage
 from expertmesh.routing.dispatch.patience import ServiceTimes
 from expertmesh.routing.dispatch.settings import DispatchSettings
@@ -36,6 +36,8 @@ from expertmesh.routing.wire import dtype_code
 
 _WAIT_POLL_S = 0.005
 """How often a step without a copy looks for a newer table."""
+
+_DISPATCHES, _RETRIES, _WAITS, _REFUSED, _BROKEN, _OVERDUE = range(len(EVENTS))
 
 Positions = np.ndarray[Any, np.dtype[np.int64]]
 """Positions of pairs in the flattened [T, k] of a step, ascending."""
@@ -128,9 +130,14 @@ class Dispatcher:
                 unplaced = np.arange(step.experts.numel())
             else:
                 copies = self._layer(table, step.layer)
+                began = time.monotonic_ns()
                 frames, unplaced = self._stage(step, table, copies, todo)
+                staged = time.monotonic_ns()
                 done = self._exchange(step, table, copies, frames)
+                exchanged = time.monotonic_ns()
                 self._add(step, table, copies, frames)
+                if self._loads is not None:
+                    native.add_parts(self._loads.parts, frames, began, staged, exchanged)
                 if done and unplaced is None:
                     assert step.out is not None
                     if self._outage:
@@ -143,7 +150,7 @@ class Dispatcher:
             if not len(todo):
                 return torch.zeros_like(step.x) if step.out is None else step.out
             if lost:
-                self._count(1)
+                self._count(_RETRIES)
             now = time.monotonic()
             give_up = give_up or now + self._settings.unavailable_timeout_s
             if now >= give_up:
@@ -151,7 +158,7 @@ class Dispatcher:
                     raise Unavailable(self._why_missing(step, table, todo))
                 self._outage.give_up(step.layer, step.experts.view(-1).numpy()[todo])
             elif unplaced is not None:
-                self._count(2)
+                self._count(_WAITS)
                 time.sleep(_WAIT_POLL_S)
 
     def _without_given_up(self, step: _Step, table: RoutingTable | None, unplaced: Positions) -> Positions:
@@ -190,7 +197,7 @@ class Dispatcher:
                         frames.append((position, link.stream))
             if len(failed) == known:
                 break
-            self._count(1)
+            self._count(_RETRIES)
         for position, stream in frames:
             self._packer.stage(position, stream, step.layer, table.epoch, next(self._frame_ids), self._budget_ms)
         if used[0] >= 0:
@@ -213,7 +220,7 @@ class Dispatcher:
     def _counted(self, step: _Step, table: RoutingTable, index: int) -> Counts:
         counts = np.zeros(table.num_experts, dtype=np.int64)
         native.count_experts(step.experts.data_ptr(), step.experts.numel(), counts, step.layer)
-        self._count(0)
+        self._count(_DISPATCHES)
         if self._loads is not None:
             self._loads.tokens[index] += counts
         return counts
@@ -305,11 +312,14 @@ class Dispatcher:
     def _give_up(self, link: Link) -> None:
         """Leaves a shard alone that did not answer; an error is no reason to hang up."""
         if link.stream.state == native.REFUSED:
+            self._count(_REFUSED)
             self._links.mark_down(link.shard, link.refusal())
         elif link.stream.state == native.OVERDUE:
+            self._count(_OVERDUE)
             cost_s = min(self._settings.hedge_after_s, self._settings.frame_deadline_s)
             self._links.drop(link, f"shard {link.shard} did not answer in time", cost_s)
         else:
+            self._count(_BROKEN)
             self._links.drop(link, link.failure())
 
     # -- small things -------------------------------------------------------------------------------------------

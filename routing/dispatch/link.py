@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import socket
 
@@ -13,10 +14,12 @@ from expertmesh.routing.wire import Limits, parse_header
 class Link:
     """A connection to a shard."""
 
-    def __init__(self, sock: socket.socket, shard: str, limits: Limits) -> None:
+    def __init__(self, sock: socket.socket, shard: str, limits: Limits, renew_at: float = math.inf) -> None:
         self.sock = sock
         self.shard = shard
         self.stream = native.ClientStream(sock.fileno(), limits.max_rows, limits.max_bytes, limits.max_pairs_per_row)
+        self.renew_at = renew_at
+        """`time.monotonic()` from which on another connection is opened in the place of this one."""
         self._limits = limits
 
     def refusal(self) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import math
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -16,7 +18,9 @@ from expertmesh.routing.dispatch.connecting import GRACE_S, Attempt, Outcome
 from expertmesh.routing.dispatch.link import Link
 from expertmesh.routing.dispatch.settings import DispatchSettings
 from expertmesh.routing.placement import RoutingTable, Target
-from expertmesh.routing.transport import Address, Peer
+from expertmesh.routing.transport import Address, Peer, Tls
+
+log = logging.getLogger("expertmesh.dispatch")
 
 _RETRY_SHARD_S = 0.25
 """How long a shard that failed is left alone."""
@@ -25,6 +29,8 @@ PATIENCE = 2.0
 costs a timeout at each attempt, and an attempt at each step would cost more than the shard is worth."""
 
 _MAX_DOUBLINGS = 6
+_RETRY_RENEWAL_S = 60.0
+"""Between two attempts to open a connection in the place of one that works."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,20 +55,29 @@ class Links:
     """One link a shard, and which shards failed lately."""
 
     def __init__(self, secret: bytes, settings: DispatchSettings, tell: Callable[[list[str]], None]) -> None:
-        """tell: is called with the shards in trouble when these have changed."""
+        """tell: is called with the shards in trouble when these have changed. Raises ConfigError for certificates that
+        can't be used."""
         self._tell = tell
         self._secret = secret
         self._settings = settings
         self.by_shard: dict[str, Link] = {}
         self.down: dict[str, Failure] = {}
+        self._tls = None if settings.tls is None else Tls(settings.tls)
+        self._renew_after_s = math.inf if settings.tls is None else settings.tls.renew_after_s
         self._attempts: dict[str, Attempt] = {}
+        self._renewals: dict[str, Attempt] = {}
+        """Attempts for shards that have a link."""
         self.strikes: dict[str, int] = {}
         """Failures since its last answer, of shards that had any. No step waits while such a shard is connected to."""
 
     def get(self, target: Target, x: torch.Tensor) -> Link | None:
         """The link to a shard that takes rows like x; None if it isn't there (yet), a failure being remembered."""
         link = self.by_shard.get(target.shard)
-        return link if link is not None else self._open(target, x)
+        if link is None:
+            return self._open(target, x)
+        if link.renew_at <= time.monotonic():
+            return self._renewed(link, target, x)
+        return link
 
     def up(self, table: RoutingTable, failed: Sequence[int], patience: float) -> np.ndarray[Any, np.dtype[np.bool_]]:
         """Which targets may be asked now: [S]; not those at the positions `failed`, nor those that are being connected
@@ -83,6 +98,7 @@ class Links:
         named = {target.shard for target in table.targets}
         for shard in self.by_shard.keys() - named:
             self.by_shard.pop(shard).close()
+            self._renew_no_more(shard)
         for shard in self._attempts.keys() - named:
             self._attempts.pop(shard).cancel()
         self.forgive(self.strikes.keys() - named)
@@ -92,6 +108,7 @@ class Links:
         if self.by_shard.pop(link.shard, None) is not None:
             self.mark_down(link.shard, why, cost_s)
             link.close()
+            self._renew_no_more(link.shard)
 
     def mark_down(self, shard: str, why: str, cost_s: float = 0.0) -> None:
         """Leaves a shard alone for a while."""
@@ -127,8 +144,7 @@ class Links:
         try:
             attempt = self._attempts.get(shard)
             if attempt is None:
-                address = self._address(target)
-                attempt = self._attempts[shard] = Attempt(address, self._secret, self._settings.connect_timeout_s)
+                attempt = self._attempts[shard] = self._attempt(target)
             outcome = attempt.outcome(0 if shard in self.strikes else GRACE_S)
             if outcome is None:
                 return None
@@ -143,6 +159,37 @@ class Links:
         self.by_shard[shard] = link
         return link
 
+    def _attempt(self, target: Target) -> Attempt:
+        return Attempt(self._address(target), self._secret, self._settings.connect_timeout_s, self._tls)
+
+    def _renewed(self, link: Link, target: Target, x: torch.Tensor) -> Link:
+        """A link in the place of one that works and is between two frames, as soon as it is open; nothing waits."""
+        shard = link.shard
+        attempt = self._renewals.get(shard)
+        if attempt is None:
+            self._renewals[shard] = self._attempt(target)
+            return link
+        outcome = attempt.outcome(0)
+        if outcome is None:
+            return link
+        del self._renewals[shard]
+        link.renew_at = time.monotonic() + _RETRY_RENEWAL_S
+        why = outcome.why
+        try:
+            fresh = self._link(outcome, target, x)
+        except WireError as error:
+            fresh, why = None, str(error)
+        if fresh is None:
+            log.warning("the connection to shard %s is not renewed: %s", shard, why)
+            return link
+        self.by_shard[shard] = fresh
+        link.close()
+        return fresh
+
+    def _renew_no_more(self, shard: str) -> None:
+        if (attempt := self._renewals.pop(shard, None)) is not None:
+            attempt.cancel()
+
     def _link(self, outcome: Outcome, target: Target, x: torch.Tensor) -> Link | None:
         """The link over a connection that was opened. Raises WireError if it leads to another than it should."""
         if outcome.connection is None:
@@ -153,7 +200,9 @@ class Links:
         except WireError:
             sock.close()
             raise
-        return Link(sock, target.shard, self._settings.limits)
+        encrypted = self._tls is not None and self._address(target).family == "tcp"
+        renew_at = time.monotonic() + self._renew_after_s if encrypted else math.inf
+        return Link(sock, target.shard, self._settings.limits, renew_at)
 
     def _check(self, peer: Peer, target: Target, x: torch.Tensor) -> None:
         """Raises WireError if the shard is not who it should be or doesn't take rows like x."""

@@ -22,7 +22,19 @@ from expertmesh.routing.placement import RoutingTable
 
 _SHARED_MEMORY = Path("/dev/shm")
 _PREFIX = "expertmesh-"
-_COUNTERS = ("dispatches", "retries", "waits")
+EVENTS = ("dispatches", "retries", "waits", "refused", "broken", "overdue")
+"""`retries`: a step sent pairs again; `waits`: it looked for a newer table; then frames without an answer, by why."""
+PARTS = (
+    "frames",
+    "bytes_sent",
+    "bytes_received",
+    "route_ns",
+    "exchange_ns",
+    "queue_ns",
+    "compute_ns",
+    "combine_ns",
+)
+"""What `native.add_parts` adds to, in its order. `queue_ns` and `compute_ns` lie within `exchange_ns`."""
 
 
 def _parent() -> Path:
@@ -69,25 +81,25 @@ class TableFile:
 
 
 class LoadCounters:
-    """Counts so far: `tokens` [layers, experts] int64 and `events` [3] int64 (`dispatches`, `retries`, `waits`).
+    """Counts so far, all int64: `tokens` [layers, experts], `events` and `parts` in the order of EVENTS and PARTS.
 
     One process adds, others read; a reader may see a step half counted, never a torn number.
     """
 
     def __init__(self, path: Path, layers: int, experts: int) -> None:
         """Maps the file, creating it (zeros) if it isn't there. Raises OSError if it can't."""
-        size = (layers * experts + len(_COUNTERS)) * 8
+        size = (layers * experts + len(EVENTS) + len(PARTS)) * 8
         with path.open("ab") as file:
             if file.tell() < size:
                 file.truncate(size)
         mapped = np.memmap(path, dtype=np.int64, mode="r+", shape=(size // 8,))
         flat: np.ndarray[Any, np.dtype[np.int64]] = np.asarray(mapped)  # a plain array: half the cost of each addition
-        self.events = flat[: len(_COUNTERS)]
-        self.tokens = flat[len(_COUNTERS) :].reshape(layers, experts)
+        self.events, self.parts, tokens = np.split(flat, [len(EVENTS), len(EVENTS) + len(PARTS)])
+        self.tokens = tokens.reshape(layers, experts)
 
     def as_dict(self) -> dict[str, int]:
-        """The events by name."""
-        return dict(zip(_COUNTERS, self.events.tolist(), strict=True))
+        """Events and parts by name."""
+        return dict(zip(EVENTS + PARTS, [*self.events.tolist(), *self.parts.tolist()], strict=True))
 
 
 class Mailbox:
@@ -119,6 +131,11 @@ class Mailbox:
     def loads_path(self) -> Path:
         """The load counters."""
         return self.folder / "loads"
+
+    @property
+    def samples_path(self) -> Path:
+        """The socket that takes samples of dispatches."""
+        return self.folder / "samples"
 
     def publish(self, table: RoutingTable) -> None:
         """Replaces the table in one step."""

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any, Self
 
+from expertmesh.routing.transport import TlsSettings
 from expertmesh.routing.wire import Limits
+
+_SECTIONS: dict[str, type[Any]] = {"limits": Limits, "tls": TlsSettings}
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,3 +30,11 @@ class DispatchSettings:
     """It is then, after so many times what frames of its size took lately."""
     connect_timeout_s: float = 5.0
     unavailable_timeout_s: float = 60.0
+    tls: TlsSettings | None = None
+    """What connections to other nodes are encrypted with."""
+
+    @classmethod
+    def of_json(cls, values: Mapping[str, Any]) -> Self:
+        """From its fields as JSON. Raises TypeError for what are none."""
+        sections = {name: kind(**values[name]) for name, kind in _SECTIONS.items() if values.get(name) is not None}
+        return cls(**{**values, **sections})

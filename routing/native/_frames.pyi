@@ -95,6 +95,20 @@ def count_experts(experts: int, pairs: int, into: Int64s, layer: int, /) -> None
     Raises WireError, naming the layer, for an id outside `into`, and changes nothing then.
     """
 
+def add_parts(
+    counters: Int64s,
+    frames: Sequence[tuple[int, ClientStream]],
+    began_ns: int,
+    staged_ns: int,
+    exchanged_ns: int,
+    /,
+) -> None:
+    """Adds to `LoadCounters.parts` what one turn of a step moved and took; it ends now.
+
+    began_ns, staged_ns, exchanged_ns: `time.monotonic_ns` before its frames were routed, when they were staged, and
+    when their answers were in. Queue and compute time are those of the answer that took longest at its shard.
+    """
+
 @final
 class ServerStream:
     """The answering side of a connection that takes frames of one width and dtype, one at a time."""

@@ -9,7 +9,6 @@
 #include <structmember.h>
 #include <sys/socket.h>
 #include <sys/uio.h>
-#include <time.h>
 
 enum {
     FIRST_BUFFER_BYTES = 1 << 16,
@@ -161,13 +160,6 @@ static void receive_some(ClientStream *stream)
 }
 
 /* -- all streams of a step ----------------------------------------------------------------------------------------- */
-
-static int64_t now_ns(void)
-{
-    struct timespec time;
-    clock_gettime(CLOCK_MONOTONIC, &time);
-    return (int64_t)time.tv_sec * 1000000000 + time.tv_nsec;
-}
 
 /* Sends and receives until no stream waits, or those that do are overdue. Whether it got there without a signal. */
 static bool drive(ClientStream **streams, struct pollfd *watched, size_t count, int64_t deadline)

@@ -66,6 +66,7 @@ static PyObject *parse_header_fields(PyObject *module, PyObject *args)
 static PyMethodDef functions[] = {
     {"exchange", (PyCFunction)(void (*)(void))exchange, METH_FASTCALL, NULL},
     {"count_experts", (PyCFunction)(void (*)(void))count_experts, METH_FASTCALL, NULL},
+    {"add_parts", (PyCFunction)(void (*)(void))add_parts, METH_FASTCALL, NULL},
     {"parse_header", parse_header_fields, METH_VARARGS, NULL},
     {NULL, NULL, 0, NULL},
 };

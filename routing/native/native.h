@@ -8,6 +8,8 @@
 
 #include "frame.h"
 
+#include <time.h>
+
 /* Transfers up to this size keep the GIL: taking it back may cost more than they do. */
 enum { SMALL_TRANSFER_BYTES = 1 << 16 };
 
@@ -47,6 +49,14 @@ typedef struct {
     char message[MAX_MESSAGE_BYTES];
 } ClientStream;
 
+/* Of the clock behind Python's time.monotonic_ns. */
+static inline int64_t now_ns(void)
+{
+    struct timespec time;
+    clock_gettime(CLOCK_MONOTONIC, &time);
+    return (int64_t)time.tv_sec * 1000000000 + time.tv_nsec;
+}
+
 /* Reads limits from Python numbers. False with an exception set if one is negative or no number. */
 bool read_limits(PyObject *max_rows, PyObject *max_bytes, PyObject *max_pairs_per_row, frame_limits *limits);
 
@@ -65,6 +75,9 @@ ClientStream *stream_of(PyObject *frame);
 
 /* exchange(frames, timeout_s) -> whether all were answered */
 PyObject *exchange(PyObject *module, PyObject *const *args, Py_ssize_t nargs);
+
+/* add_parts(counters, frames, began_ns, staged_ns, exchanged_ns) */
+PyObject *add_parts(PyObject *module, PyObject *const *args, Py_ssize_t nargs);
 
 /* count_experts(experts, pairs, into, layer) */
 PyObject *count_experts(PyObject *module, PyObject *const *args, Py_ssize_t nargs);

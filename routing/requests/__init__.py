@@ -2,8 +2,9 @@
 
 from expertmesh.routing.requests.choice import Rank, ReplicaChoice
 from expertmesh.routing.requests.cost import CostModel
-from expertmesh.routing.requests.events import BlockHash, Cleared, Event, EventBatch, Removed, Stored
+from expertmesh.routing.requests.events import BlockHash, Cleared, Event, EventBatch, Lapsed, Offloaded, Removed, Stored
 from expertmesh.routing.requests.prefix_index import PrefixIndex
+from expertmesh.routing.requests.store_content import StoreContent
 
 __all__ = [
     "BlockHash",
@@ -11,9 +12,12 @@ __all__ = [
     "CostModel",
     "Event",
     "EventBatch",
+    "Lapsed",
+    "Offloaded",
     "PrefixIndex",
     "Rank",
     "Removed",
     "ReplicaChoice",
+    "StoreContent",
     "Stored",
 ]

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from expertmesh.routing.requests.cost import CostModel
-from expertmesh.routing.requests.events import BlockHash, EventBatch, Stored
+from expertmesh.routing.requests.events import BlockHash, EventBatch, Lapsed, Offloaded, Stored
 from expertmesh.routing.requests.prefix_index import PrefixIndex
+from expertmesh.routing.requests.store_content import StoreContent
 
 _REMEMBERED = 256
 """Prompts over which their mean length is taken, roughly."""
@@ -63,6 +64,7 @@ class ReplicaChoice:
         self._prompts = 0
         self._mean_blocks = 0.0
         self._index = PrefixIndex()
+        self._store = StoreContent()
         self._replicas: dict[str, _Replica] = {}
         self._requests: dict[str, _Request] = {}
         self._turns = 0
@@ -91,7 +93,13 @@ class ReplicaChoice:
             self._index.lose(replica)
         state.sequence = batch.sequence
         for event in batch.events:
-            self._index.apply(replica, event)
+            match event:
+                case Offloaded(blocks):
+                    self._store.add(blocks)
+                case Lapsed(blocks):
+                    self._store.discard(blocks)
+                case _:
+                    self._index.apply(replica, event)
             if state.ends and isinstance(event, Stored):
                 for block in event.blocks:
                     for request in tuple(state.ends.get(block, ())):
@@ -102,13 +110,13 @@ class ReplicaChoice:
         self._index.lose(replica)
         self._replicas[replica].sequence = None
 
-    def rank(self, blocks: Sequence[BlockHash], stored: int = 0) -> tuple[Rank, ...]:
-        """All replicas, the best first, for a prompt of these blocks of which the KV store has the first `stored`.
+    def rank(self, blocks: Sequence[BlockHash]) -> tuple[Rank, ...]:
+        """All replicas, the best first, for a prompt of these blocks.
 
         Replicas with equal scores come in the order of the blocks that they hold, fewest first, then of the time since
         they got a request, longest first.
         """
-        costs, held = self._costs, self._index.match(blocks)
+        costs, held, stored = self._costs, self._index.match(blocks), self._store.leading(blocks)
         ranked = []
         for name, state in self._replicas.items():
             work = costs.work(len(blocks), held[name], stored)
@@ -117,12 +125,12 @@ class ReplicaChoice:
         ranked.sort(key=lambda entry: entry[:3])
         return tuple(rank for *_, rank in ranked)
 
-    def routed(self, request: str, replica: str, blocks: Sequence[BlockHash], stored: int = 0) -> None:
-        """The request went to that replica, with blocks and stored as they were ranked. Raises ValueError if the
-        request is known already."""
+    def routed(self, request: str, replica: str, blocks: Sequence[BlockHash]) -> None:
+        """The request went to that replica, with blocks as ranked. Raises ValueError if it is known already."""
         if request in self._requests:
             raise ValueError(f"request {request!r} is routed already")
-        work = self._costs.work(len(blocks), self._index.match(blocks)[replica], stored)
+        held, stored = self._index.match(blocks)[replica], self._store.leading(blocks)
+        work = self._costs.work(len(blocks), held, stored)
         state = self._replicas[replica]
         self._turns += 1
         state.turn = self._turns

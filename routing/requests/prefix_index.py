@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 
-from expertmesh.routing.requests.events import BlockHash, Cleared, Event, Removed, Stored
+from expertmesh.routing.requests.events import BlockHash, Cleared, Removed, Stored
 
 
 class PrefixIndex:
@@ -44,7 +44,7 @@ class PrefixIndex:
                 del self._expected[block]
         del self._sizes[replica]
 
-    def apply(self, replica: str, event: Event) -> None:
+    def apply(self, replica: str, event: Stored | Removed | Cleared) -> None:
         """Follows one event of a replica. Storing a known block or removing an unknown one changes nothing."""
         bit = self._bits[replica]
         self._known |= bit

@@ -13,14 +13,21 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from expertmesh.errors import WireError
-from expertmesh.routing.requests.events import BlockHash, Cleared, Event, Removed, Stored
+from expertmesh.routing.requests.events import BlockHash, Cleared, Event, Lapsed, Offloaded, Removed, Stored
 
 MAX_VALUES = 8192
 """Of one record; longer events are sent as several."""
 _HEAD = struct.Struct(">BI")
 HEAD_BYTES = _HEAD.size
 _VALUE_BYTES = 8
-_OPENING, _STORED, _REMOVED, _CLEARED = range(4)
+_OPENING, _STORED, _REMOVED, _CLEARED, _OFFLOADED, _LAPSED = range(6)
+_OF_BLOCKS: dict[int, type[Stored] | type[Removed] | type[Offloaded] | type[Lapsed]] = {
+    _STORED: Stored,
+    _REMOVED: Removed,
+    _OFFLOADED: Offloaded,
+    _LAPSED: Lapsed,
+}
+_KINDS = {of_blocks: kind for kind, of_blocks in _OF_BLOCKS.items()}
 _LOW_64 = (1 << 64) - 1
 
 
@@ -52,8 +59,8 @@ def _encoded(records: Iterable[Record]) -> Iterator[bytes]:
                 yield _record(_OPENING, (block_tokens,))
             case Cleared():
                 yield _record(_CLEARED, ())
-            case Stored(blocks) | Removed(blocks):
-                kind = _STORED if isinstance(record, Stored) else _REMOVED
+            case Stored(blocks) | Removed(blocks) | Offloaded(blocks) | Lapsed(blocks):
+                kind = _KINDS[type(record)]
                 for begin in range(0, len(blocks), MAX_VALUES):
                     yield _record(kind, blocks[begin : begin + MAX_VALUES])
 
@@ -65,7 +72,7 @@ def _record(kind: int, values: tuple[BlockHash, ...]) -> bytes:
 def body_bytes(head: bytes) -> int:
     """Size of what follows a record's head [HEAD_BYTES]. Raises WireError for a head that no record has."""
     kind, count = _HEAD.unpack(head)
-    allowed = {_OPENING: count == 1, _CLEARED: count == 0}.get(kind, kind <= _CLEARED and 0 < count <= MAX_VALUES)
+    allowed = {_OPENING: count == 1, _CLEARED: count == 0}.get(kind, kind in _OF_BLOCKS and 0 < count <= MAX_VALUES)
     if not allowed:
         raise WireError(f"record of kind {kind} with {count} values")
     return int(count) * _VALUE_BYTES
@@ -81,4 +88,4 @@ def decode(head: bytes, body: bytes) -> Record:
         return Opening(values[0])
     if kind == _CLEARED:
         return Cleared()
-    return Stored(values) if kind == _STORED else Removed(values)
+    return _OF_BLOCKS[kind](values)

@@ -12,6 +12,9 @@ from typing import Self
 
 from expertmesh.errors import WireError
 from expertmesh.routing.transport.auth import Peer, answer
+from expertmesh.routing.transport.relay import relayed
+from expertmesh.routing.transport.session import answer_over_tls
+from expertmesh.routing.transport.tls import Tls
 
 _BUFFER_BYTES = 4 << 20
 _BACKLOG = 128
@@ -44,7 +47,8 @@ class Address:
         return f"unix:@{self.name}" if self.family == "unix" else f"tcp:{self.name}:{self.port}"
 
 
-def _tune(sock: socket.socket) -> None:
+def tune(sock: socket.socket) -> None:
+    """Makes a connection fit for frames."""
     if sock.family in (socket.AF_INET, socket.AF_INET6):  # its buffers the kernel sizes itself
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
@@ -75,7 +79,7 @@ def listen(address: Address) -> tuple[socket.socket, Address]:
 def accepted(listener: socket.socket) -> socket.socket:
     """The next connection of a listener, tuned for frames."""
     sock, _ = listener.accept()
-    _tune(sock)
+    tune(sock)
     return sock
 
 
@@ -92,17 +96,21 @@ def _opened(address: Address, timeout_s: float) -> socket.socket:
     return sock
 
 
-def connect(address: Address, secret: bytes, timeout_s: float) -> tuple[socket.socket, Peer]:
+def connect(address: Address, secret: bytes, timeout_s: float, tls: Tls | None = None) -> tuple[socket.socket, Peer]:
     """A connected, mutually authenticated, non-blocking socket and who is at its other end.
 
-    Raises WireError if nothing listens there, it does not answer in `timeout_s`, or it can't prove the secret.
+    tls: what TCP is encrypted with. Raises WireError if nothing listens there, it does not answer in `timeout_s`, it
+    can't prove the secret, or only one of both sides has TLS.
     """
     try:
         sock = _opened(address, timeout_s)
     except (OSError, ValueError) as error:  # ValueError: a host name that can't be one
         raise WireError(f"no shard answers at {address}: {error}") from error
     try:
-        _tune(sock)
+        tune(sock)
+        if tls is not None and address.family == "tcp":
+            session, peer = answer_over_tls(sock, tls, secret)
+            return relayed(session), peer
         peer = answer(sock, secret)
         sock.setblocking(False)
     except OSError as error:

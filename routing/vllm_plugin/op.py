@@ -9,32 +9,45 @@ import torch
 from vllm.utils.torch_utils import direct_register_custom_op
 
 from expertmesh.errors import ConfigError
-from expertmesh.routing.dispatch import Dispatcher, DispatchSettings, FailedRows, LoadCounters, Mailbox, TableFile
+from expertmesh.routing.dispatch import (
+    Dispatcher,
+    DispatchSettings,
+    FailedRows,
+    LoadCounters,
+    Mailbox,
+    SampledDispatcher,
+    Sampler,
+    TableFile,
+)
 from expertmesh.routing.vllm_plugin.settings import MeshSettings
-from expertmesh.routing.wire import Limits
 
 OP_NAME = "expertmesh_dispatch"
 failed_rows = FailedRows()
 """Of the step at hand in this process' engine."""
+sampler: Sampler | None = None
+"""Of dispatches, where this process' engine serves traced requests."""
 _dispatcher: Dispatcher | None = None
 _settings: MeshSettings | None = None
 
 
 def open_dispatcher(settings: MeshSettings) -> None:
     """Gives this process its dispatcher. Later calls must carry the same settings; ConfigError otherwise."""
-    global _dispatcher, _settings
+    global _dispatcher, _settings, sampler
     if _dispatcher is not None:
         if settings != _settings:
             raise ConfigError("two engines with different mesh settings in one process")
         return
     mailbox = Mailbox(Path(settings.mailbox))
-    arguments = dict(settings.dispatch)
-    arguments["limits"] = Limits(**arguments.get("limits", {}))
     loads = LoadCounters(mailbox.loads_path, len(settings.layers), settings.num_experts)
     secret = Path(settings.secret_file).read_bytes().strip()
-    _dispatcher = Dispatcher(
-        TableFile(mailbox.table_path), secret, DispatchSettings(**arguments), loads, failed_rows, mailbox.tell_trouble
-    )
+    tables, dispatch = TableFile(mailbox.table_path), DispatchSettings.of_json(settings.dispatch)
+    if settings.dispatch_sample is None:
+        _dispatcher = Dispatcher(tables, secret, dispatch, loads, failed_rows, mailbox.tell_trouble)
+    else:
+        sampler = Sampler(mailbox.samples_path, settings.dispatch_sample)
+        _dispatcher = SampledDispatcher(
+            tables, secret, dispatch, loads, failed_rows, mailbox.tell_trouble, sampler=sampler
+        )
     _settings = settings
 
 

@@ -9,7 +9,7 @@ nothing.
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import accumulate
 
 from vllm.logger import init_logger
@@ -20,8 +20,8 @@ from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import RequestStatus
 
 from expertmesh.errors import Unavailable
-from expertmesh.routing.vllm_plugin.op import failed_rows
-from expertmesh.routing.vllm_plugin.settings import UNAVAILABLE
+from expertmesh.routing.vllm_plugin import op
+from expertmesh.routing.vllm_plugin.settings import TRACEPARENT, UNAVAILABLE
 
 log = init_logger(__name__)
 
@@ -31,14 +31,17 @@ class MeshScheduler(Scheduler):
 
     def schedule(self, *args: bool, **kwargs: bool) -> SchedulerOutput:
         """As vLLM's. What failed before the step (a warm-up) concerns no request."""
-        failed_rows.take()
-        return super().schedule(*args, **kwargs)
+        op.failed_rows.take()
+        output = super().schedule(*args, **kwargs)
+        if op.sampler is not None:
+            op.sampler.step(self._traced(output.num_scheduled_tokens))
+        return output
 
     def update_from_output(
         self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
     ) -> dict[int, EngineCoreOutputs]:
         """As vLLM's, for the requests whose rows were all computed."""
-        rows, why = failed_rows.take()
+        rows, why = op.failed_rows.take()
         if not rows:
             return super().update_from_output(scheduler_output, model_runner_output)
         tokens = scheduler_output.num_scheduled_tokens
@@ -49,6 +52,11 @@ class MeshScheduler(Scheduler):
         for client, output in ended:
             outputs.setdefault(client, EngineCoreOutputs()).outputs.append(output)
         return outputs
+
+    def _traced(self, scheduled: Iterable[str]) -> list[str]:
+        """What names the traced ones of these requests: their replica passes trace headers on for no others."""
+        headers = (self.requests[name].trace_headers for name in scheduled)
+        return [sent[TRACEPARENT] for sent in headers if sent]
 
     def _end(self, failed: set[str], tokens: dict[str, int], why: str) -> list[tuple[int, EngineCoreOutput]]:
         """Ends requests and those that share what they wrote: (client, last output) of each."""

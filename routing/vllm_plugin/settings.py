@@ -21,6 +21,8 @@ CPU_WORKER = "expertmesh.routing.vllm_plugin.worker.MeshCPUWorker"
 """`worker_cls` of an engine on CPU."""
 SCHEDULER = "expertmesh.routing.vllm_plugin.scheduler.MeshScheduler"
 """`scheduler_cls` of an engine whose experts are elsewhere."""
+TRACEPARENT = "traceparent"
+"""The one of an engine request's trace headers that names its span (W3C Trace Context)."""
 UNAVAILABLE = "experts unavailable: "
 """What the `stop_reason` of a request begins with that ended because no shard had its experts; then why, for people."""
 
@@ -47,8 +49,10 @@ class MeshSettings:
     """The model's layers with routed experts; of a shard: those that are really built."""
     num_experts: int = 0
     """Routed experts a layer."""
+    dispatch_sample: float | None = None
+    """Part of the dispatches of traced requests to sample; None: requests are not traced."""
     dispatch: dict[str, Any] = field(default_factory=dict)
-    """Arguments of DispatchSettings, limits as a dict of their own."""
+    """DispatchSettings as JSON, see `DispatchSettings.of_json`. Files are named, never contained."""
 
     def to_additional_config(self) -> dict[str, Any]:
         """For `AsyncEngineArgs(additional_config=...)`."""

@@ -14,9 +14,10 @@ import pytest
 import torch
 
 from expertmesh.errors import WireError
-from expertmesh.routing.transport import Address, connect
+from expertmesh.routing.transport import Address, TlsSettings, connect
 from expertmesh.routing.transport.auth import answer
 from expertmesh.routing.wire import HEADER_BYTES, Header, Kind, Limits, parse_combine
+from tests.routing.certificates import Authority, write
 from tests.routing.harness import (
     EXPERTS,
     LAYERS,
@@ -42,14 +43,20 @@ QUESTION = request_parts(X, [0, 1, 2], [0, 1, 2])
 Serve = Callable[..., RunningServer]
 
 
+@pytest.fixture(scope="module")
+def member(tmp_path_factory: pytest.TempPathFactory) -> TlsSettings:
+    return write(tmp_path_factory.mktemp("tls"), Authority())
+
+
 @pytest.fixture
-def serve() -> Iterator[Serve]:
-    """Starts servers of every expert; stops them after the test and checks that nothing is left."""
+def serve(member: TlsSettings) -> Iterator[Serve]:
+    """Starts servers of every expert; stops them after the test and checks that nothing is left. `tls` is a family."""
     with started_servers() as servers:
 
         def start(family: str = "unix", limits: Limits = LIMITS) -> RunningServer:
             kernel = TorchKernel(ReferenceExperts(), {layer: set(range(EXPERTS)) for layer in LAYERS})
-            servers.append(RunningServer(kernel, family=family, limits=limits))
+            tls, family = (member, "tcp") if family == "tls" else (None, family)
+            servers.append(RunningServer(kernel, family=family, limits=limits, tls=tls))
             return servers[-1]
 
         yield start
@@ -58,7 +65,7 @@ def serve() -> Iterator[Serve]:
 @contextlib.contextmanager
 def client(server: RunningServer) -> Iterator[socket.socket]:
     """An authenticated, blocking socket."""
-    sock, _ = connect(server.address, SECRET, 20)
+    sock, _ = connect(server.address, SECRET, 20, server.tls)
     with sock:
         sock.settimeout(20)
         yield sock
@@ -98,10 +105,11 @@ def resident_mib() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() >> 20
 
 
-def test_claims_cost_what_was_sent_and_not_what_was_claimed(serve: Serve) -> None:
+@pytest.mark.parametrize("family", ["unix", "tls"])
+def test_claims_cost_what_was_sent_and_not_what_was_claimed(serve: Serve, family: str) -> None:
     """40 clients announce 64 MB each, send a little of it, drop by drop, and never go on."""
     assert 0.94 * LIMITS.max_bytes < CLAIM.body_bytes < LIMITS.max_bytes
-    server = serve()
+    server = serve(family)
     with client(server) as fine, contextlib.ExitStack() as stack:
         assert is_served(fine)
         before = resident_mib()
@@ -118,8 +126,9 @@ def test_claims_cost_what_was_sent_and_not_what_was_claimed(serve: Serve) -> Non
         assert is_served(fine)
 
 
-def test_a_claim_that_no_memory_is_left_for_costs_its_client_the_connection(serve: Serve) -> None:
-    server = serve(limits=Limits(max_rows=2**32, max_bytes=2**50, max_pairs_per_row=8))
+@pytest.mark.parametrize("family", ["unix", "tls"])
+def test_a_claim_that_no_memory_is_left_for_costs_its_client_the_connection(serve: Serve, family: str) -> None:
+    server = serve(family, limits=Limits(max_rows=2**32, max_bytes=2**50, max_pairs_per_row=8))
     with client(server) as fine, client(server) as greedy:
         greedy.sendall(LARGEST.pack() + b"drop")
         if Path("/proc/sys/vm/overcommit_memory").read_text().strip() != "1":  # there the memory is promised
@@ -128,7 +137,7 @@ def test_a_claim_that_no_memory_is_left_for_costs_its_client_the_connection(serv
         assert server.server.alive
 
 
-@pytest.mark.parametrize("family", ["unix", "tcp"])
+@pytest.mark.parametrize("family", ["unix", "tcp", "tls"])
 def test_a_client_that_has_said_its_last_word_gets_its_answer_and_is_forgotten(serve: Serve, family: str) -> None:
     server = serve(family)
     with client(server) as fine, client(server) as half:
@@ -141,7 +150,7 @@ def test_a_client_that_has_said_its_last_word_gets_its_answer_and_is_forgotten(s
         assert is_served(fine)
 
 
-@pytest.mark.parametrize("family", ["unix", "tcp"])
+@pytest.mark.parametrize("family", ["unix", "tcp", "tls"])
 def test_a_client_that_hears_no_more_is_forgotten(serve: Serve, family: str) -> None:
     """It goes on asking, and goes away without reading a single answer."""
     server = serve(family)
@@ -154,7 +163,7 @@ def test_a_client_that_hears_no_more_is_forgotten(serve: Serve, family: str) -> 
         assert is_served(fine)
 
 
-@pytest.mark.parametrize("family", ["unix", "tcp"])
+@pytest.mark.parametrize("family", ["unix", "tcp", "tls"])
 def test_half_closed_handshakes_end_at_once(serve: Serve, family: str) -> None:
     """And not after the handshake's timeout, for which 64 of them would keep others out."""
     server = serve(family)
@@ -164,7 +173,7 @@ def test_half_closed_handshakes_end_at_once(serve: Serve, family: str) -> None:
             sock.sendall(b"half of an answer")
             sock.shutdown(socket.SHUT_WR)
             assert is_closed(sock)
-        eventually(lambda: not server.server._greeting, "no handshake is left")
+        eventually(lambda: not server.server.door.waiting, "no handshake is left")
         with client(server) as fine:
             assert is_served(fine)
 
@@ -225,8 +234,9 @@ def test_a_replayed_shard_is_refused_by_the_client(serve: Serve) -> None:
             answer(ours, SECRET)
 
 
-def test_connections_that_come_and_go_leave_nothing(serve: Serve) -> None:
-    server = serve()
+@pytest.mark.parametrize("family", ["unix", "tls"])
+def test_connections_that_come_and_go_leave_nothing(serve: Serve, family: str) -> None:
+    server = serve(family)
     files = len(os.listdir("/proc/self/fd"))  # noqa: PTH208 (names are enough)
     for at in range(300):
         with client(server) as sock:

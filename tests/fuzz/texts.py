@@ -15,6 +15,7 @@ from expertmesh.platform.config import load_config
 from expertmesh.platform.config.markdown import EXAMPLE
 from expertmesh.platform.config.source import parse_changes
 from expertmesh.routing.transport import Address, Peer, answer, challenge
+from expertmesh.routing.transport.auth import TLS_DEMAND, TLS_OFFER
 from tests.fuzz.target import Target
 
 _SECRET = b"correct horse battery staple"
@@ -30,7 +31,15 @@ class Handshake(Target):
         """As a shard and a replica would begin, without the secret."""
         introduction = json.dumps({"shard": "s", "revision": "r", "width": 8, "dtype": "float32"}).encode()
         greeting = b"XMA1" + bytes(32) + struct.pack("<H", len(introduction)) + introduction
-        return [b"\0" + bytes(64), b"\1" + greeting + bytes(32), b"\1" + greeting, b"\1XMA1", b"\0" + greeting]
+        return [
+            b"\0" + bytes(64),
+            b"\1" + greeting + bytes(32),
+            b"\1" + greeting,
+            b"\1XMA1",
+            b"\0" + greeting,
+            b"\0" + TLS_DEMAND,
+            b"\1" + TLS_OFFER,
+        ]
 
     def run(self, data: bytes) -> None:
         """Fails unless it is refused, in words."""

@@ -32,7 +32,7 @@ import torch
 from expertmesh.deployments.experts.server import FrameServer, Kernel, NotHeld
 from expertmesh.routing.dispatch import Dispatcher, DispatchSettings, LoadCounters, StaticTable, TableSource
 from expertmesh.routing.placement import RoutingTable, Target, build_table, even_slots
-from expertmesh.routing.transport import Address, Peer, listen
+from expertmesh.routing.transport import Address, Peer, Tls, TlsSettings, listen
 from expertmesh.routing.transport.auth import receive_exactly
 from expertmesh.routing.wire import HEADER_BYTES, Header, Limits, dispatch_parts, parse_header
 from expertmesh.routing.wire.frame import DispatchBody
@@ -121,13 +121,16 @@ class RunningServer:
         width: int = WIDTH,
         dtype: str = "float32",
         clock_ns: Callable[[], int] = time.perf_counter_ns,
+        tls: TlsSettings | None = None,
     ) -> None:
         self.shard = shard or uuid.uuid4().hex[:12]
         wanted = Address("unix", f"test-{self.shard}") if family == "unix" else Address("tcp", host, 0)
         listener, self.address = listen(wanted)
         self.kernel = kernel
         me = peer or Peer(self.shard, REVISION, width, dtype)
-        self.server = FrameServer([listener], secret, me, kernel, limits, max_batch_rows, clock_ns)
+        self.tls = None if tls is None else Tls(tls)
+        """For clients as well."""
+        self.server = FrameServer([listener], secret, me, kernel, limits, max_batch_rows, clock_ns, self.tls)
         self.server.start()
         self.target = Target(self.shard, NODE, (str(self.address),))
 
@@ -159,7 +162,9 @@ class Mesh:
         family: str = "unix",
         dtype: str = "float32",
         experts: ReferenceExperts | None = None,
+        tls: TlsSettings | None = None,
     ) -> None:
+        """tls: of the shards; a dispatcher is given its own."""
         self.experts = experts or ReferenceExperts()
         layers = self.experts.layers
         self.slots = even_slots(len(layers), self.experts.experts, shards, redundancy)
@@ -169,6 +174,7 @@ class Mesh:
                 family=family,
                 dtype=dtype,
                 width=self.experts.width,
+                tls=tls,
             )
             for i in range(shards)
         ]
@@ -262,13 +268,19 @@ def started_servers() -> Iterator[list[RunningServer]]:
 
 @contextmanager
 def shard_process(
-    held: Mapping[int, set[int]], shard: str, *, host: str | None = None, prefix: Sequence[str] = ()
+    held: Mapping[int, set[int]],
+    shard: str,
+    *,
+    host: str | None = None,
+    prefix: Sequence[str] = (),
+    tls: TlsSettings | None = None,
 ) -> Iterator[tuple[subprocess.Popen[str], Target]]:
     """A shard in a process of its own, killed at the end if it still runs.
 
     host: address for TCP, a unix socket unless given; prefix: what the command begins with.
     """
-    request = json.dumps({"shard": shard, "host": host, "held": [[layer, sorted(ids)] for layer, ids in held.items()]})
+    what = [[layer, sorted(ids)] for layer, ids in held.items()]
+    request = json.dumps({"shard": shard, "host": host, "held": what, "tls": tls and asdict(tls)})
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
     command = [*prefix, sys.executable, str(Path(__file__).resolve()), request]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
@@ -296,7 +308,8 @@ def main(request: str) -> None:
     told = json.loads(request)
     kernel = HangingKernel(ReferenceExperts(), {layer: set(ids) for layer, ids in told["held"]})
     where: dict[str, Any] = {"family": "tcp", "host": told["host"]} if told["host"] else {}
-    print(json.dumps(asdict(RunningServer(kernel, shard=told["shard"], **where).target)), flush=True)
+    tls = TlsSettings(**told["tls"]) if told["tls"] else None
+    print(json.dumps(asdict(RunningServer(kernel, shard=told["shard"], tls=tls, **where).target)), flush=True)
     threading.Event().wait()
 
 

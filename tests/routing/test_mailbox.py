@@ -15,6 +15,7 @@ import pytest
 
 from expertmesh.errors import WireError
 from expertmesh.routing.dispatch import LoadCounters, Mailbox, StaticTable, TableFile
+from expertmesh.routing.dispatch.mailbox import EVENTS, PARTS
 from expertmesh.routing.placement import RoutingTable, Target, build_table, even_slots
 
 
@@ -129,12 +130,13 @@ def test_a_table_that_vanishes_while_it_is_read_is_the_last_one_seen(mailbox: Ma
 
 def test_counters_start_at_zero_and_survive_a_restart(mailbox: Mailbox) -> None:
     first = LoadCounters(mailbox.loads_path, 2, 4)
-    assert first.as_dict() == {"dispatches": 0, "retries": 0, "waits": 0}
+    assert first.as_dict() == dict.fromkeys(EVENTS + PARTS, 0)
     assert first.tokens.tolist() == [[0] * 4] * 2
     first.tokens[1] += np.array([1, 2, 3, 4])
-    first.events[2] += 5
+    first.events[EVENTS.index("waits")] += 5
+    first.parts[PARTS.index("combine_ns")] += 7
     again = LoadCounters(mailbox.loads_path, 2, 4)
-    assert again.as_dict() == {"dispatches": 0, "retries": 0, "waits": 5}
+    assert again.as_dict() == {**dict.fromkeys(EVENTS + PARTS, 0), "waits": 5, "combine_ns": 7}
     assert again.tokens.tolist() == [[0] * 4, [1, 2, 3, 4]]
 
 

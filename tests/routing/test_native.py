@@ -443,6 +443,30 @@ def test_an_answer_that_does_not_fit_breaks_the_stream(kind: str) -> None:
         assert torch.equal(out, before)
 
 
+def test_what_a_dispatch_moved_and_took_is_added_up() -> None:
+    counters = np.ones(8, dtype=np.int64)
+    with client() as (stream, shard), client() as (silent, _):
+        flight, unanswered = InFlight(stream, shard, 4), InFlight(silent, shard, 2)
+        answer = flight.answer()
+        shard.sendall(answer)
+        assert not native.exchange([(0, stream), (1, silent)], 0.05)
+        sent = sum(HEADER_BYTES + f.rows * (WIDTH * 4 + 12) for f in (flight, unanswered))
+        native.add_parts(counters, [(0, stream), (1, silent)], 100, 150, 450)
+    frames, bytes_sent, bytes_received, route, exchange, queue, compute, combine = (counters - 1).tolist()
+    assert (frames, bytes_sent, bytes_received) == (2, sent, len(answer))
+    assert (route, exchange) == (50, 300)
+    assert (queue, compute) == (22_000, 11_000), "those of the only answer"
+    assert combine > 0, "it ends now"
+
+
+@pytest.mark.parametrize("counters", [np.zeros(7, dtype=np.int64), np.zeros(16, dtype=np.int32), b"8" * 64])
+def test_parts_go_into_eight_writable_numbers(counters: Any) -> None:
+    with pytest.raises((ValueError, BufferError)):
+        native.add_parts(counters, [], 0, 0, 0)
+    with pytest.raises(TypeError):
+        native.add_parts(np.zeros(8, dtype=np.int64), [None], 0, 0, 0)  # type: ignore[list-item]
+
+
 @settings(deadline=None)
 @given(data=st.binary(min_size=HEADER_BYTES, max_size=600), at=st.integers(0, 200))
 @example(data=bytes(600), at=0)
