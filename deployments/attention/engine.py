@@ -6,7 +6,7 @@ import asyncio
 import copy
 import time
 from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from vllm.v1.metrics.stats import SchedulerStats
 
 from expertmesh.deployments.attention.known_faults import refuse_known_faults
 from expertmesh.deployments.attention.known_tokens import let_force
+from expertmesh.deployments.attention.tally import Serving, Tally
 from expertmesh.errors import Unavailable
 from expertmesh.kv_store.tier.connector import refuse_unsafe
 from expertmesh.platform.config import MeshConfig
@@ -56,19 +57,71 @@ def engine_arguments(config: MeshConfig, folder: Path, mesh: MeshSettings | None
     return {**arguments, **attention.engine_args}
 
 
+Take = Callable[[list[EngineCoreOutput]], None]
+"""Gets outputs of one request."""
+
 _SIGNS_OF_LIFE = 4
 """In the time after which silence is taken for death."""
 _OF_LATE_S, _FIRST_TOKENS = 30.0, 256
 """What times to first token are kept for."""
 
 
+class _Running:
+    """A request that the engine has."""
+
+    def __init__(self, take: Take, serving: Serving, first_tokens: deque[tuple[float, float]]) -> None:
+        self.ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self.finished = False
+        """By the engine."""
+        self._take = take
+        self._serving = serving
+        self._first_tokens = first_tokens
+        self._begin = time.monotonic()
+        self._has_token = False
+
+    def got(self, output: EngineCoreOutput) -> None:
+        """One of its outputs."""
+        if self.ended.done():
+            return
+        self._serving.take(output)
+        if output.new_token_ids and not self._has_token:
+            self._has_token = True
+            now = time.monotonic()
+            self._first_tokens.append((now, now - self._begin))
+        self.finished = output.finish_reason is not None
+        try:
+            self._take([output])
+        except Exception as error:  # the one who asked wants no more
+            self._end(error)
+        else:
+            if self.finished:
+                self.ended.set_result(None)
+
+    def died(self, error: Exception) -> None:
+        """The engine is gone."""
+        if not self.ended.done():
+            dead = EngineDeadError()
+            dead.__cause__ = error
+            self._end(dead)
+
+    def _end(self, error: Exception) -> None:
+        self.ended.set_exception(error)
+        self.ended.exception()  # is seen, even if nobody waits any more
+
+
 class Engine:
     """A vLLM engine core in a process of its own: requests in, their outputs out, no text anywhere."""
 
-    def __init__(self, arguments: dict[str, Any], inactivity_s: float) -> None:
+    def __init__(
+        self,
+        arguments: dict[str, Any],
+        inactivity_s: float,
+        watch: Callable[[EngineCoreOutput], None] = lambda output: None,
+    ) -> None:
         """Starts the process and waits until it serves (25 to 60 s on CPU): not for an event loop's thread.
 
-        inactivity_s: an engine that has requests and no output for any of them for this long is taken for dead.
+        inactivity_s: an engine that has requests and no output for any of them for this long is taken for dead; watch:
+        sees every output, and does not raise.
         """
         if (transfer := arguments.get("kv_transfer_config")) is not None:
             arguments = {**arguments, "kv_transfer_config": KVTransferConfig(**transfer)}
@@ -78,17 +131,20 @@ class Engine:
             refuse_unsafe(self.config)
         let_force(self.config)
         self._inactivity_s = inactivity_s
+        self._watch = watch
         self._core: Any = EngineCoreClient.make_async_mp_client(
             self.config,
             Executor.get_class(self.config),
             log_stats=True,  # its scheduler says what waits and how full its cache is
         )
-        self._streams: dict[str, asyncio.Queue[EngineCoreOutput | BaseException]] = {}
+        self._running: dict[str, _Running] = {}
         self._pump: asyncio.Task[None] | None = None
         self._failure: BaseException | None = None
         self._scheduler: SchedulerStats | None = None
         self._first_tokens: deque[tuple[float, float]] = deque(maxlen=_FIRST_TOKENS)
         """When requests of late got their first token, and how long they had waited for it."""
+        self.tally = Tally()
+        """What it has served."""
         self._outputs = 0
         """Taken from the engine so far, for any request."""
         self._quiet_since = 0.0
@@ -99,13 +155,13 @@ class Engine:
     @property
     def running(self) -> int:
         """Requests that are not finished."""
-        return len(self._streams)
+        return len(self._running)
 
     @property
     def load(self) -> dict[str, float]:
         """What autoscaling goes by: `waiting` requests, `kv_use` (part of the KV cache, 0 to 1), and `ttft_s`, the mean
         time to first token of late, where there was any."""
-        now, scheduler = time.monotonic(), self._scheduler if self._streams else None
+        now, scheduler = time.monotonic(), self._scheduler if self._running else None
         signals = {
             "waiting": scheduler.num_waiting_reqs if scheduler is not None else 0,
             "kv_use": scheduler.kv_cache_usage if scheduler is not None else 0.0,
@@ -126,52 +182,36 @@ class Engine:
         """Raises Unavailable if the engine's process is gone or hangs."""
         if self._failure is not None or self._core.resources.engine_dead:
             raise Unavailable("the engine of this attention replica is gone") from self._failure
-        if self._hangs or (self._streams and self._quiet_s >= self._inactivity_s):
+        if self._hangs or (self._running and self._quiet_s >= self._inactivity_s):
             raise Unavailable(f"the engine of this attention replica gave no output for {self._inactivity_s:g} s")
 
-    async def generate(self, request: EngineCoreRequest) -> AsyncIterator[list[EngineCoreOutput]]:
-        """The outputs of one request, those that wait together in one list; aborts it if the caller stops early.
+    async def run(self, request: EngineCoreRequest, take: Take) -> None:
+        """Has the engine work on one request; returns when it is finished, and aborts it if the caller stops early.
 
-        The first list is empty: the engine has taken the request. Later empty ones are signs of life, given while the
-        engine works for others and this request waits. Raises Unavailable if the engine is gone before that, and
-        EngineDeadError if it dies on the way.
+        take: gets the request's outputs as they come. Empty lists are signs of life: the first says that the engine
+        has the request, others that it works for others while this one waits. What it raises ends the request, and is
+        raised here. Raises Unavailable if the engine is gone before that, and EngineDeadError if it dies on the way.
         """
         if self._pump is None:
             self._pump = asyncio.get_running_loop().create_task(self._distribute())
         self.check()
         request = copy.copy(request)
-        if not self._streams:
+        if not self._running:
             self._quiet_since = time.monotonic()
-        stream = self._streams[request.request_id] = asyncio.Queue()
-        finished = has_token = False
-        begin, outputs_before = time.monotonic(), self._outputs
+        running = self._running[request.request_id] = _Running(take, Serving(self.tally), self._first_tokens)
+        outputs_before = self._outputs
         try:
             await self._core.add_request_async(request)
-            yield []
-            while not finished:
-                try:
-                    async with asyncio.timeout(self._inactivity_s / _SIGNS_OF_LIFE):
-                        outputs = [await stream.get()]
-                except TimeoutError:
-                    if self._outputs > outputs_before:
-                        outputs_before = self._outputs
-                        yield []
-                    continue
-                while not stream.empty():
-                    outputs.append(stream.get_nowait())
-                ready: list[EngineCoreOutput] = []
-                for output in outputs:
-                    if isinstance(output, BaseException):
-                        raise EngineDeadError from output
-                    ready.append(output)
-                    finished = finished or output.finish_reason is not None
-                    if output.new_token_ids and not has_token:
-                        has_token = True
-                        now = time.monotonic()
-                        self._first_tokens.append((now, now - begin))
-                yield ready
+            take([])
+            while not running.ended.done():
+                await asyncio.wait({running.ended}, timeout=self._inactivity_s / _SIGNS_OF_LIFE)
+                if not running.ended.done() and self._outputs > outputs_before:
+                    outputs_before = self._outputs
+                    take([])
+            running.ended.result()
         finally:
-            self._streams.pop(request.request_id, None)
+            self._running.pop(request.request_id, None)
+            finished = running.finished
             self._hangs = self._hangs or (not finished and self._quiet_s >= self._inactivity_s)
             if not finished and self._failure is None:
                 await self._core.abort_requests_async([request.request_id])
@@ -181,16 +221,18 @@ class Engine:
             while True:
                 outputs = await self._core.get_output_async()
                 self._scheduler = outputs.scheduler_stats or self._scheduler
-                for output in outputs.outputs:
-                    self._outputs += 1
+                if outputs.outputs:
+                    self._outputs += len(outputs.outputs)
                     self._quiet_since = time.monotonic()
                     self._hangs = False
-                    if (stream := self._streams.get(output.request_id)) is not None:
-                        stream.put_nowait(output)
-        except Exception as error:  # any end of the engine is told to every stream
+                for output in outputs.outputs:
+                    self._watch(output)
+                    if (running := self._running.get(output.request_id)) is not None:
+                        running.got(output)
+        except Exception as error:  # any end of the engine is told to every request
             self._failure = error
-            for stream in self._streams.values():
-                stream.put_nowait(error)
+            for running in self._running.values():
+                running.died(error)
 
     def kill(self) -> None:
         """Ends the engine's processes at once, those that are stopped or hang included."""

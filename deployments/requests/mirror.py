@@ -1,13 +1,14 @@
-"""What an engine's prefix cache holds, from vLLM's KV events."""
+"""What an engine's prefix cache holds, and what it saw in the KV store, from vLLM's KV events."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, KeysView
+from collections.abc import Iterable, KeysView, Sequence
 from typing import Any
 
 from vllm.distributed.kv_events import (
     MEDIUM_GPU,
+    MEDIUM_STORAGE,
     AllBlocksCleared,
     BlockRemoved,
     BlockStored,
@@ -15,7 +16,7 @@ from vllm.distributed.kv_events import (
 )
 
 from expertmesh.deployments.requests.hashes import first_blocks
-from expertmesh.routing.requests import Cleared, Event, Removed, Stored
+from expertmesh.routing.requests import Cleared, Event, Lapsed, Offloaded, Removed, StoreContent, Stored
 from expertmesh.routing.requests.stream import short_hash
 
 log = logging.getLogger("expertmesh.attention")
@@ -40,6 +41,7 @@ class CacheMirror:
         """Of each block that is cached: a prompt that found no hit has its blocks computed once more, and kept."""
         self._kinds: dict[int, str | None] = {}
         self._group: int | None = None
+        self._store = StoreContent()
         self._checked = False
         self._trusted = True
 
@@ -47,6 +49,15 @@ class CacheMirror:
     def held(self) -> KeysView[int]:
         """Short hashes of the blocks that are cached now; follows what is applied."""
         return self._copies.keys()
+
+    def __len__(self) -> int:
+        """Blocks that are named by `whole`."""
+        return len(self._copies) + len(self._store)
+
+    def whole(self) -> list[Event]:
+        """What a reader that knows nothing has to be told."""
+        told: list[Event] = [Cleared(), Stored(tuple(self._copies))]
+        return [*told, Offloaded(tuple(self._store))] if self._store else told
 
     def apply(self, batch: KVEventBatch) -> list[Event]:
         """What the batch changes, in its order. Nothing once the engine's hashes turned out to be others."""
@@ -61,6 +72,8 @@ class CacheMirror:
                 changes += self._stored(map(short_hash, event.block_hashes))
             elif isinstance(event, BlockRemoved) and self._concerns(event):
                 changes += self._removed(map(short_hash, event.block_hashes))
+            elif isinstance(event, BlockStored | BlockRemoved) and self._concerns(event, (MEDIUM_STORAGE,)):
+                changes += self._seen_in_store(event)
         return changes if self._trusted else self.forget()
 
     def forget(self) -> list[Event]:
@@ -80,8 +93,16 @@ class CacheMirror:
         changed, self._group = self._group is not None, chosen
         return self.forget() if changed else []
 
-    def _concerns(self, event: BlockStored | BlockRemoved) -> bool:
-        return event.medium in _ON_DEVICE and (event.group_idx or 0) == self._group
+    def _concerns(self, event: BlockStored | BlockRemoved, media: Sequence[str | None] = _ON_DEVICE) -> bool:
+        return event.medium in media and (event.group_idx or 0) == self._group
+
+    def _seen_in_store(self, event: BlockStored | BlockRemoved) -> list[Event]:
+        blocks = list(map(short_hash, event.block_hashes))
+        if isinstance(event, BlockStored):
+            there = self._store.add(blocks)
+            return [Offloaded(tuple(there))] if there else []
+        gone = self._store.discard(blocks)
+        return [Lapsed(tuple(gone))] if gone else []
 
     def _check(self, event: BlockStored) -> None:
         """Compares the hashes of a prompt's first blocks with what the router would compute."""

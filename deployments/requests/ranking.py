@@ -7,9 +7,11 @@ from collections.abc import Mapping, Sequence
 
 from vllm.v1.engine import EngineCoreRequest
 
-from expertmesh.deployments.requests.follower import Follower, Source
+from expertmesh.deployments.requests.follower import Follower
 from expertmesh.deployments.requests.hashes import PromptHasher
+from expertmesh.deployments.source import Source
 from expertmesh.routing.requests import Event, EventBatch, Rank, ReplicaChoice
+from expertmesh.routing.transport import Tls
 
 
 class Ranking:
@@ -18,11 +20,12 @@ class Ranking:
     Replicas are ranked by load and prefix while their KV events come in, and by load while they don't.
     """
 
-    def __init__(self, here: str, secret: bytes, connect_timeout_s: float) -> None:
-        """here: this node's id; secret: the cluster's."""
+    def __init__(self, here: str, secret: bytes, connect_timeout_s: float, tls: Tls | None = None) -> None:
+        """here: this node's id; secret: the cluster's; tls: what other nodes are reached with."""
         self._here = here
         self._secret = secret
         self._connect_timeout_s = connect_timeout_s
+        self._tls = tls
         self._choice = ReplicaChoice()
         self._followers: dict[str, Follower | None] = {}
         self._sequences: dict[str, int] = {}
@@ -45,7 +48,7 @@ class Ranking:
             self._followers[replica] = (
                 None
                 if source is None
-                else Follower(replica, source, self._here, self._secret, self._connect_timeout_s, self)
+                else Follower(replica, source, self._here, self._secret, self._connect_timeout_s, self, self._tls)
             )
         self._agree()
 

@@ -20,10 +20,12 @@ from ray.serve.request_router import (  # type: ignore[attr-defined]  # Ray does
     RunningReplica,
 )
 
-from expertmesh.deployments.requests.follower import Source
 from expertmesh.deployments.requests.ranking import Ranking
-from expertmesh.deployments.runtime import mesh_secret, node_id
+from expertmesh.deployments.requests.settings import source_of
+from expertmesh.deployments.requests.watched import tell, watched
+from expertmesh.deployments.runtime import mesh_secret, mesh_tls, node_id
 from expertmesh.platform.config import load_config
+from expertmesh.routing.requests import Rank
 
 
 class PrefixRouter(RequestRouter):
@@ -32,7 +34,7 @@ class PrefixRouter(RequestRouter):
     def initialize_state(self, **kwargs: Any) -> None:
         """Called by Serve. kwargs: `mesh`, the configuration as a mapping, since Serve wants JSON."""
         config = load_config(kwargs["mesh"])
-        self._ranking = Ranking(node_id(), mesh_secret(config), config.routing.connect_timeout_s)
+        self._ranking = Ranking(node_id(), mesh_secret(config), config.routing.connect_timeout_s, mesh_tls(config))
         self._turn = asyncio.Lock()
         self._room = asyncio.Event()
 
@@ -82,6 +84,8 @@ class PrefixRouter(RequestRouter):
                 self._room.clear()
                 await self._probe_queue_lens(self._replicas_list, attempt)  # requests of others end there, too
                 attempt += 1
+        if (choice := watched(pending_request.args)) is not None:
+            tell(choice, replica.replica_id.unique_id, len(blocks), self._ranks(blocks))
         self._ranking.routed(pending_request.metadata.internal_request_id, replica.replica_id.unique_id, blocks)
         self._record_queue_wait_time(pending_request)
         return replica
@@ -96,13 +100,16 @@ class PrefixRouter(RequestRouter):
         return None
 
     def _ranked(self, blocks: Sequence[int]) -> list[str]:
+        return [rank.replica for rank in self._ranks(blocks)]
+
+    def _ranks(self, blocks: Sequence[int]) -> tuple[Rank, ...]:
         known = ((replica.unique_id, self.replica_queue_len_cache.get(replica)) for replica in self._replicas)
         in_flight = {name: requests for name, requests in known if requests is not None}
-        return [rank.replica for rank in self._ranking.rank(blocks, in_flight)]
+        return self._ranking.rank(blocks, in_flight)
 
     def _blocks(self, pending_request: PendingRequest) -> tuple[int, ...]:
         return self._ranking.blocks(pending_request.args[0] if pending_request.args else None)
 
     def _keep(self) -> None:
         replicas = self._replicas.values()
-        self._ranking.keep({r.replica_id.unique_id: Source.of_metadata(r.replica_metadata) for r in replicas})
+        self._ranking.keep({r.replica_id.unique_id: source_of(r.replica_metadata) for r in replicas})

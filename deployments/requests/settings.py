@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from ray.serve.config import RequestRouterConfig
 
-from expertmesh.deployments.runtime import bind_host
+from expertmesh.deployments.source import Source
 from expertmesh.platform.config import MeshConfig
-from expertmesh.routing.transport import Address
 
 _ROUTER = "expertmesh.deployments.requests.router.PrefixRouter"
 
@@ -20,11 +20,15 @@ def routes_by_prefix(config: MeshConfig) -> bool:
     return replicas > 1 and config.attention.prefix_caching and config.routing.requests.policy == "prefix"
 
 
-def feed_addresses(config: MeshConfig, replica: str) -> list[Address]:
-    """Where a replica serves its KV events: as shards do their frames, by `routing.transport`."""
-    transport = config.routing.transport
-    unix, tcp = Address("unix", f"expertmesh-kv-events-{replica}"), Address("tcp", bind_host(config), 0)
-    return {"unix": [unix], "tcp": [tcp], "auto": [unix, tcp]}[transport]
+def metadata_of(source: Source) -> dict[str, Any]:
+    """What a replica that serves KV events there publishes as its Serve metadata."""
+    return {"kv_events": {"node": source.node, "addresses": list(source.addresses)}}
+
+
+def source_of(metadata: Mapping[str, Any]) -> Source | None:
+    """Where a replica with this metadata serves its KV events; None if it serves none."""
+    found = metadata.get("kv_events")
+    return None if found is None else Source(found["node"], tuple(found["addresses"]))
 
 
 def router_options(config: MeshConfig) -> dict[str, Any]:

@@ -8,15 +8,17 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from benchmarks.bare import engine_environment
+from tests.support.engine_stream import stream_of
 
 
 class EventsHost:
     """To be run by a benchmarks.bare.Worker."""
 
-    def __init__(self, folder: Path, kv_cache_gib: float) -> None:
+    def __init__(self, folder: Path, kv_cache_gib: float, store_url: str = "off") -> None:
         engine_environment(1)
         from expertmesh.deployments.attention.engine import Engine, engine_arguments
         from expertmesh.deployments.requests.feed import KVEventFeed
+        from expertmesh.kv_store.configured import tier_arguments
         from expertmesh.platform.config import load_config
 
         config = load_config(
@@ -24,6 +26,7 @@ class EventsHost:
                 "model": {"source": str(folder), "max_model_len": 1024},
                 "experts": {"mode": "colocated"},
                 "attention": {"kv_cache_gib": kv_cache_gib},
+                "kv_store": {"url": store_url},
             }
         )
         self._scratch = TemporaryDirectory(prefix="xm-")
@@ -32,6 +35,8 @@ class EventsHost:
         async def start() -> tuple[KVEventFeed, Engine]:
             feed = KVEventFeed(Path(self._scratch.name))
             arguments = {**engine_arguments(config, folder, None), **feed.engine_arguments}
+            if store_url != "off":
+                arguments |= tier_arguments(config, b"secret of the cluster", "revision", Path(self._scratch.name))
             return feed, await asyncio.to_thread(Engine, arguments, 300.0)
 
         self._feed, self._engine = self._loop.run_until_complete(start())
@@ -47,7 +52,7 @@ class EventsHost:
             from tests.requests.publishing import request
 
             cached = 0
-            async for outputs in self._engine.generate(request(tokens, f"r{id(tokens)}", salt)):
+            async for outputs in stream_of(self._engine, request(tokens, f"r{id(tokens)}", salt)):
                 for output in outputs:
                     cached += output.prefill_stats.num_cached_tokens if output.prefill_stats is not None else 0
             return cached
@@ -71,6 +76,11 @@ class EventsHost:
             return set(self._feed._mirror.held)
 
         return self._loop.run_until_complete(held())
+
+    def in_store(self) -> set[int]:
+        """The blocks that the feed says are in the KV store."""
+        self._loop.run_until_complete(asyncio.sleep(0.01))  # the feed follows meanwhile
+        return set(self._feed._mirror._store)
 
     def close(self) -> None:
         """Ends the engine."""

@@ -44,8 +44,8 @@ class Replica:
 
     async def __init__(self, mesh: dict[str, Any], folder: str) -> None:  # type: ignore[misc]  # Serve awaits it
         from expertmesh.deployments.requests.feed import KVEventFeed
-        from expertmesh.deployments.requests.settings import feed_addresses
         from expertmesh.deployments.runtime import mesh_secret
+        from expertmesh.deployments.source import addresses_for
         from tests.requests.publishing import Publisher, stored
 
         config = load_config(mesh)
@@ -55,16 +55,17 @@ class Replica:
         while not self._feed._mirror.held:  # ZeroMQ drops what is published before the feed is connected
             self._publisher.publish(stored(range(BLOCK)))
             await asyncio.sleep(0.01)
-        self._feed.serve(self._id, mesh_secret(config), feed_addresses(config, self._id), BLOCK)
+        self._feed.serve(self._id, mesh_secret(config), addresses_for(config, f"kv-events-{self._id}"), BLOCK)
         self._gate = ray.get_actor("gate")
         self._ending = asyncio.get_running_loop().create_task(self._end_feed())
 
     def record_replica_metadata(self) -> dict[str, Any]:
         """As an attention replica's."""
-        from expertmesh.deployments.requests.follower import Source
+        from expertmesh.deployments.requests.settings import metadata_of
         from expertmesh.deployments.runtime import node_id
+        from expertmesh.deployments.source import Source
 
-        return Source(node_id(), self._feed.addresses).to_metadata()
+        return metadata_of(Source(node_id(), self._feed.addresses))
 
     async def _end_feed(self) -> None:
         await self._gate.wait.remote(f"end feed of {self._id}")
@@ -98,6 +99,7 @@ class ServeHost:
         )
         self._gate: Any = ray.remote(num_cpus=0, max_concurrency=1000)(Gate).options(name="gate").remote()  # type: ignore[attr-defined]
         self._threads = ThreadPoolExecutor(64)
+        self._choices: dict[str, Any] = {}
         self._sent: dict[str, tuple[Future[tuple[str, int]], Future[tuple[str, int]]]] = {}
         options: dict[str, Any] = {
             "request_router_class": "expertmesh.deployments.requests.router.PrefixRouter",
@@ -158,6 +160,20 @@ class ServeHost:
         for name in names:
             self.open(name)
         return [self._sent.pop(name)[1].result(120) for name in names]
+
+    def watch(self, name: str) -> None:
+        """Has the router tell what it decides about the request of this name."""
+        from expertmesh.deployments.requests import watched
+
+        self._choices[name] = watched.watch(name)
+
+    def choice(self, name: str) -> tuple[str, int, int, int]:
+        """What it told: replica, blocks of the prompt, those that it expects to hit, number of candidates."""
+        from expertmesh.deployments.requests import watched
+
+        watched.unwatch(name)
+        choice = self._choices.pop(name)
+        return choice.replica, choice.blocks, choice.expected_hit_blocks, len(choice.ranks)
 
     def open(self, name: str) -> None:
         """Opens a gate."""

@@ -9,7 +9,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from expertmesh.errors import ConfigError
-from expertmesh.routing.requests import Cleared, CostModel, Event, EventBatch, Removed, ReplicaChoice, Stored
+from expertmesh.routing.requests import (
+    Cleared,
+    CostModel,
+    Event,
+    EventBatch,
+    Lapsed,
+    Offloaded,
+    Removed,
+    ReplicaChoice,
+    StoreContent,
+    Stored,
+)
 
 
 def choice_of(*replicas: str, costs: CostModel | None = None) -> ReplicaChoice:
@@ -23,8 +34,8 @@ def tell(choice: ReplicaChoice, replica: str, sequence: int, *events: Event) -> 
     choice.apply(replica, EventBatch(sequence, events))
 
 
-def best(choice: ReplicaChoice, prompt: tuple[int, ...], stored: int = 0) -> str:
-    return choice.rank(prompt, stored)[0].replica
+def best(choice: ReplicaChoice, prompt: tuple[int, ...]) -> str:
+    return choice.rank(prompt)[0].replica
 
 
 PROMPT = tuple(range(40))
@@ -81,10 +92,28 @@ def test_an_eviction_is_a_miss(event: Event) -> None:
 
 def test_the_store_costs_more_than_a_hit_and_less_than_computing() -> None:
     choice = choice_of("a", "b", costs=CostModel(store_block=0.25))
-    tell(choice, "b", 0, Stored(PROMPT[:20]))
-    scores = {r.replica: r.score for r in choice.rank(PROMPT, stored=30)}
+    tell(choice, "b", 0, Stored(PROMPT[:20]), Offloaded(PROMPT[:30]))
+    scores = {r.replica: r.score for r in choice.rank(PROMPT)}
     assert scores == {"a": 30 * 0.25 + 10, "b": 10 * 0.25 + 10}
-    assert {r.replica: r.score for r in choice.rank(PROMPT, stored=10)} == {"a": 10 * 0.25 + 30, "b": 20}
+    tell(choice, "a", 0, Lapsed(PROMPT[10:12]))
+    assert {r.replica: r.score for r in choice.rank(PROMPT)} == {"a": 10 * 0.25 + 30, "b": 20}
+
+
+def test_what_the_store_holds_outlives_the_replica_that_told_it() -> None:
+    choice = choice_of("a", "b", costs=CostModel(store_block=0.25))
+    tell(choice, "b", 0, Offloaded(PROMPT))
+    choice.lose("b")
+    choice.remove("b")
+    assert [r.score for r in choice.rank(PROMPT)] == [len(PROMPT) * 0.25]
+
+
+def test_the_newest_blocks_of_the_store_are_remembered() -> None:
+    content = StoreContent(max_blocks=3)
+    assert content.add((1, 2, 3)) == [1, 2, 3]
+    assert content.add((1, 4)) == [4]
+    assert set(content) == {1, 3, 4}
+    assert content.discard((2, 3)) == [3]
+    assert content.leading((1, 4, 3)) == 2
 
 
 def test_a_store_makes_a_busy_holder_lose_earlier() -> None:
@@ -93,7 +122,8 @@ def test_a_store_makes_a_busy_holder_lose_earlier() -> None:
     for i in range(15):
         choice.routed(f"other {i}", "b", (1000 + i,))
     assert best(choice, PROMPT) == "b"
-    assert best(choice, PROMPT, stored=len(PROMPT)) == "a"
+    tell(choice, "b", 1, Offloaded(PROMPT))
+    assert best(choice, PROMPT) == "a"
 
 
 def test_a_hot_prefix_spreads() -> None:
@@ -190,7 +220,7 @@ def test_the_same_calls_give_the_same_ranking_and_nothing_is_left_in_the_end(
     for choice in (one, two):
         for number, (replica, blocks) in enumerate(operations):
             choice.rank(blocks)
-            choice.routed(str(number), replica, blocks, stored=1)
+            choice.routed(str(number), replica, blocks)
     assert one.rank(range(5)) == two.rank(range(5))
     for number in range(len(operations)):
         one.finished(str(number))

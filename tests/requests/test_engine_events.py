@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 
 from benchmarks.bare import Worker
+from benchmarks.timing import free_port
+from tests.kv_store.servers import plain_server, until
 from tests.requests.events_host import EventsHost
 
 pytestmark = pytest.mark.engine
@@ -23,6 +25,26 @@ def prompt(seed: int, tokens: int) -> list[int]:
 
 def leading(blocks: tuple[int, ...], held: set[int]) -> int:
     return next((i for i, block in enumerate(blocks) if block not in held), len(blocks))
+
+
+def test_what_an_engine_writes_to_the_store_is_told(family: Callable[[str], Path], tmp_path: Path) -> None:
+    """With the steps of the engine; what is written after the last one is told with the next."""
+    server = plain_server(tmp_path, free_port())
+    server.start()
+    try:
+        url = f"redis://127.0.0.1:{server.config['port']}"
+        with Worker(EventsHost, family("gpt_oss"), 0.01, url) as host:
+            first = prompt(1, 5 * BLOCK + 7)
+            blocks = set(host.ask("blocks", first))
+            host.ask("run", first)
+
+            def told() -> bool:
+                host.ask("run", prompt(2, 10))
+                return bool(host.ask("in_store") == blocks)
+
+            until(told, "the feed says that the store has the prompt's blocks, and no others")
+    finally:
+        server.kill()
 
 
 def test_router_and_engine_speak_of_the_same_blocks(family: Callable[[str], Path]) -> None:

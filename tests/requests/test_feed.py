@@ -13,12 +13,13 @@ import pytest
 from vllm.distributed.kv_events import AllBlocksCleared
 
 from expertmesh.deployments.requests.feed import KVEventFeed, _Reader
-from expertmesh.deployments.requests.follower import Source
 from expertmesh.deployments.requests.mirror import CacheMirror
 from expertmesh.deployments.requests.ranking import Ranking
+from expertmesh.deployments.source import Source
 from expertmesh.routing.requests import Cleared, Removed, Stored
-from expertmesh.routing.transport import Address
+from expertmesh.routing.transport import Address, Tls
 from tests.requests.publishing import BLOCK, Publisher, batch, removed, request, stored
+from tests.routing.certificates import Authority, write
 
 SECRET = b"a secret of the cluster"
 PROMPT = range(10 * BLOCK + 5)
@@ -54,9 +55,9 @@ class Replica:
                 await asyncio.sleep(0.01)
         return self
 
-    def open(self, secret: bytes = SECRET) -> None:
+    def open(self, secret: bytes = SECRET, tls: Tls | None = None) -> None:
         unix = Address("unix", f"test-{uuid.uuid4().hex}")
-        self.feed.serve(self.name, secret, [unix, Address("tcp", "127.0.0.1", 0)], BLOCK)
+        self.feed.serve(self.name, secret, [unix, Address("tcp", "127.0.0.1", 0)], BLOCK, tls)
 
     @property
     def source(self) -> Source:
@@ -85,6 +86,49 @@ def ranking_of(*replicas: Replica, here: str = "here") -> Iterator[Ranking]:
 
 def held(ranking: Ranking, tokens: range = PROMPT) -> dict[str, int]:
     return {rank.replica: rank.held for rank in ranking.rank(ranking.blocks(request(tokens)), {})}
+
+
+async def test_readers_from_other_nodes_come_over_tls(
+    replicas: tuple[Replica, Replica], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    a, _ = replicas
+    member = write(tmp_path / "tls", Authority())
+    a.feed.addresses = ()
+    a.open(tls=Tls(member))
+    rankings = {
+        "same node": Ranking("here", SECRET, 5.0, Tls(member)),
+        "over TLS": Ranking("another node", SECRET, 5.0, Tls(member)),
+        "plain": Ranking("another node", SECRET, 5.0),
+        "no member": Ranking("another node", SECRET, 5.0, Tls(write(tmp_path / "foreign", Authority()))),
+    }
+    for ranking in rankings.values():
+        ranking.keep({"a": a.source})
+    hears = [rankings["same node"], rankings["over TLS"]]
+    await eventually(lambda: all(ranking.blocks(request(PROMPT)) for ranking in hears))
+    a.publisher.publish(stored(PROMPT))
+    await eventually(lambda: all(held(ranking) == {"a": 10} for ranking in hears))
+    await eventually(lambda: "is routing.tls set there?" in caplog.text)
+    await eventually(lambda: "TLS: the peer refused" in caplog.text)
+    assert not any(rankings[name].blocks(request(PROMPT)) for name in ("plain", "no member"))
+    a.publisher.publish(*(stored(range(i * 8192, (i + 1) * 8192)) for i in range(1, 40)))  # more than buffers hold
+    last = range(39 * 8192, 40 * 8192)
+    await eventually(lambda: all(held(ranking, last)["a"] == 8192 // BLOCK for ranking in hears))
+    for ranking in rankings.values():
+        ranking.close()
+
+
+async def test_silent_strangers_do_not_keep_readers_out(replicas: tuple[Replica, Replica]) -> None:
+    """Many more than readers there may be, and than handshakes that run at once."""
+    a, _ = replicas
+    address = Address.parse(next(text for text in a.feed.addresses if text.startswith("tcp")))
+    with contextlib.ExitStack() as stack:
+        silent = []
+        for _ in range(300):
+            _, writer = await asyncio.open_connection(address.name, address.port)
+            stack.callback(writer.close)
+            silent.append(writer)
+        with ranking_of(a, here="another node") as ranking:
+            await eventually(lambda: bool(ranking.blocks(request(PROMPT))))
 
 
 @pytest.mark.parametrize("here", ["here", "another node"])
@@ -117,6 +161,24 @@ async def test_one_that_joins_later_gets_all_that_is_held(replicas: tuple[Replic
         await eventually(lambda: held(first) == {"a": 7})
         with ranking_of(a) as second:
             await eventually(lambda: held(second) == {"a": 7})
+
+
+async def test_what_one_replica_saw_in_the_store_counts_for_all(replicas: tuple[Replica, Replica]) -> None:
+    def scores(ranking: Ranking) -> dict[str, float]:
+        return {rank.replica: rank.score for rank in ranking.rank(ranking.blocks(request(PROMPT)), {})}
+
+    a, b = replicas
+    with ranking_of(a, b) as first:
+        await eventually(lambda: bool(first.blocks(request(PROMPT))))
+        hashes = first.blocks(request(PROMPT))
+        a.publisher.publish(stored(PROMPT))
+        await eventually(lambda: scores(first) == {"a": 0, "b": 10})
+        a.publisher.publish(stored(PROMPT, medium="STORAGE", token_ids=[], block_size=0))
+        await eventually(lambda: scores(first) == {"a": 0, "b": 5})
+        a.publisher.publish(removed(hashes[4:], medium="STORAGE"))
+        await eventually(lambda: scores(first) == {"a": 0, "b": 8})
+        with ranking_of(a, b) as second:
+            await eventually(lambda: scores(second) == {"a": 0, "b": 8})
 
 
 async def test_a_broken_stream_leaves_the_load_and_comes_back(
@@ -175,13 +237,13 @@ async def test_missed_batches_are_a_loss(replicas: tuple[Replica, Replica]) -> N
 
 
 def test_a_reader_that_is_behind_gets_the_whole_and_no_more_memory() -> None:
-    reader, mirror = _Reader(), set[int]()
+    reader, mirror = _Reader(), CacheMirror()
+    seen = stored(range(BLOCK), token_ids=[])
     for i in range(50_000):
-        mirror.add(i)
-        reader.push([Stored((i,))], mirror)
+        seen.block_hashes = [i]
+        reader.push(mirror.apply(batch(seen)), mirror)
         if i >= 100:
-            mirror.discard(i - 100)
-            reader.push([Removed((i - 100,))], mirror)
+            reader.push(mirror.apply(batch(removed([i - 100]))), mirror)
         assert reader._blocks <= len(mirror) + 5000
     left: set[int] = set()
     for event in reader._pending:
@@ -192,7 +254,7 @@ def test_a_reader_that_is_behind_gets_the_whole_and_no_more_memory() -> None:
                 left.difference_update(b for b in blocks if isinstance(b, int))
             case Cleared():
                 left.clear()
-    assert left == mirror
+    assert left == mirror.held
 
 
 def test_of_a_hybrid_models_groups_full_attention_counts() -> None:

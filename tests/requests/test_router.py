@@ -87,6 +87,17 @@ def test_a_prompt_goes_where_its_prefix_is(host: Worker) -> None:
             assert once(host, longer) == home
 
 
+def test_it_tells_what_it_decides_about_requests_that_are_watched(host: Worker) -> None:
+    tokens = prompt()
+    home = settled(host, tokens)
+    host.ask("watch", "watched")
+    host.ask("watch", "another")
+    host.ask("send", "watched", range(tokens.start, tokens.stop + 3 * BLOCK))
+    assert host.ask("end", "watched")[0][0] == home
+    assert host.ask("choice", "watched") == (home, 13, 10, 2)
+    assert host.ask("choice", "another") == ("", 0, 0, 0)
+
+
 def test_a_hot_prefix_spreads(host: Worker) -> None:
     hot = prompt()
     settled(host, hot)

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from expertmesh.deployments.requests.follower import Source
 from expertmesh.deployments.requests.router import PrefixRouter
-from expertmesh.deployments.requests.settings import feed_addresses, router_options, routes_by_prefix
+from expertmesh.deployments.requests.settings import metadata_of, router_options, routes_by_prefix, source_of
+from expertmesh.deployments.source import Source, addresses_for
 from expertmesh.errors import WireError
 from expertmesh.platform.config import load_config
 from expertmesh.routing.transport import Address
@@ -38,15 +38,15 @@ def test_our_router_is_used_where_there_is_something_to_choose_by(settings: dict
 
 @pytest.mark.parametrize(("transport", "families"), [("auto", ["unix", "tcp"]), ("unix", ["unix"]), ("tcp", ["tcp"])])
 def test_a_feed_listens_where_shards_would(transport: str, families: list[str]) -> None:
-    addresses = feed_addresses(load_config({"routing": {"transport": transport}}), "replica")
+    addresses = addresses_for(load_config({"routing": {"transport": transport}}), "kv-events-replica")
     assert [address.family for address in addresses] == families
 
 
 def test_a_source_is_reached_by_unix_socket_on_its_node_and_by_tcp_from_others() -> None:
     source = Source("here", ("tcp:127.0.0.1:7", "unix:@name"))
-    assert Source.of_metadata(json.loads(json.dumps(source.to_metadata()))) == source
+    assert source_of(json.loads(json.dumps(metadata_of(source)))) == source
     assert source.best("here") == Address("unix", "name")
     assert source.best("elsewhere") == Address("tcp", "127.0.0.1", 7)
-    assert Source.of_metadata({}) is None
+    assert source_of({}) is None
     with pytest.raises(WireError, match="can be reached from here"):
         Source("here", ("unix:@name",)).best("elsewhere")

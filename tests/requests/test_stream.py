@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from expertmesh.errors import WireError
-from expertmesh.routing.requests import Cleared, Removed, Stored
+from expertmesh.routing.requests import Cleared, Lapsed, Offloaded, Removed, Stored
 from expertmesh.routing.requests.stream import (
     HEAD_BYTES,
     MAX_VALUES,
@@ -26,7 +26,7 @@ records = st.one_of(
     st.builds(Opening, st.integers(1, 2**32)),
     st.just(Cleared()),
     st.builds(Stored, hashes),
-    st.builds(Removed, hashes),
+    *(st.builds(kind, hashes) for kind in (Removed, Offloaded, Lapsed)),
 )
 
 
@@ -62,10 +62,12 @@ def test_no_head_asks_for_more_than_a_record(kind: int, count: int) -> None:
         return
     assert size <= 8 * MAX_VALUES
     assert size == 8 * count
-    assert kind <= 3
+    assert kind <= 5
 
 
-@pytest.mark.parametrize(("kind", "count"), [(0, 0), (0, 2), (1, 0), (1, MAX_VALUES + 1), (2, 0), (3, 1), (4, 1)])
+@pytest.mark.parametrize(
+    ("kind", "count"), [(0, 0), (0, 2), (1, 0), (1, MAX_VALUES + 1), (2, 0), (3, 1), (4, 0), (6, 1)]
+)
 def test_heads_of_no_record(kind: int, count: int) -> None:
     with pytest.raises(WireError, match=f"record of kind {kind} with {count} values"):
         body_bytes(struct.pack(">BI", kind, count))

@@ -15,7 +15,8 @@ from fastapi import FastAPI
 def served(app: FastAPI) -> Iterator[str]:
     """Its URL. The socket listens before the thread starts, so nobody comes too early."""
     with socket.create_server(("127.0.0.1", 0)) as listening:
-        server = uvicorn.Server(uvicorn.Config(app, log_level="critical", lifespan="off", ws="none"))
+        config = uvicorn.Config(app, log_level="critical", lifespan="off", ws="none", timeout_graceful_shutdown=1)
+        server = uvicorn.Server(config)  # streams without an end are cut off
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
         thread.start()
         try:
