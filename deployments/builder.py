@@ -10,6 +10,7 @@ from ray.serve import Application
 from ray.serve.schema import LoggingConfig
 
 from expertmesh.deployments.requests.settings import router_options
+from expertmesh.deployments.runtime import mesh_tls
 from expertmesh.errors import CheckpointError, ConfigError
 from expertmesh.kv_store.configured import check_store
 from expertmesh.platform.access.file import read_keys
@@ -43,6 +44,7 @@ def build_app(arguments: Mapping[str, Any] | MeshConfig | None = None) -> Applic
     check_store(config)
     if config.ingress.keys_file is not None:
         read_keys(config.ingress.keys_file)
+    mesh_tls(config)
     # Imported here: classes of replicas need torch and vLLM, the CLI's other commands don't.
     from expertmesh.deployments.attention.deployment import AttentionReplica
     from expertmesh.deployments.controller.controller import Controller
@@ -172,7 +174,10 @@ def _scaled(deployment: str, configured: int) -> dict[str, Any]:
 
 
 def _logging(config: MeshConfig, access_log: bool = False) -> LoggingConfig:
-    return LoggingConfig(log_level=config.telemetry.log_level.upper(), enable_access_log=access_log)
+    telemetry = config.telemetry
+    return LoggingConfig(
+        log_level=telemetry.log_level.upper(), encoding=telemetry.log_format.upper(), enable_access_log=access_log
+    )
 
 
 def _environment(config: MeshConfig, threads: int) -> dict[str, str]:

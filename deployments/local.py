@@ -9,15 +9,18 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 import ray
 from ray import serve
+from ray._private import ray_constants
 from ray.serve.config import HTTPOptions
 from ray.serve.schema import ApplicationStatus, LoggingConfig
 
+from expertmesh.deployments import haproxy
 from expertmesh.deployments.builder import APP_NAME, build_app, required_cpus
 from expertmesh.errors import ConfigError, Unavailable
 from expertmesh.kv_store import EmbeddedServer
@@ -46,6 +49,14 @@ class LocalMesh:
         self._store: EmbeddedServer | None = None
 
     @property
+    def metrics_url(self) -> str | None:
+        """Where Prometheus finds the metrics while the mesh runs; None where a Ray cluster's nodes each have theirs."""
+        if self._address is not None:
+            return None
+        (node,) = [node for node in ray.nodes() if node["Alive"]]
+        return f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
+
+    @property
     def url(self) -> str:
         """Where the OpenAI API answers, without `/v1`."""
         host = self.config.ingress.host
@@ -66,6 +77,7 @@ class LocalMesh:
                 http_options=HTTPOptions(host=ingress.host, port=ingress.port),
                 logging_config=LoggingConfig(
                     log_level=self.config.telemetry.log_level.upper(),
+                    encoding=self.config.telemetry.log_format.upper(),
                     enable_access_log=self.config.telemetry.access_log,
                 ),
             )
@@ -117,15 +129,20 @@ class LocalMesh:
             ray.init(address=self._address, **options)
             return
         self._folder = tempfile.mkdtemp(prefix="xm-")  # short: Ray puts unix sockets below it
-        ray.init(
-            address="local",
-            num_cpus=max(os.cpu_count() or 1, math.ceil(required_cpus(self.config))),
-            include_dashboard=False,
-            object_store_memory=_OBJECT_STORE_BYTES,
-            _temp_dir=self._folder,
-            logging_level=logging.WARNING,
-            **options,
-        )
+        variables = {}
+        if self.config.ingress.proxy == "haproxy":
+            variables = haproxy.environment(Path(self._folder) / "haproxy")
+        with _on_loopback(), haproxy.set_for_children(variables):
+            ray.init(
+                address="local",
+                num_cpus=max(os.cpu_count() or 1, math.ceil(required_cpus(self.config))),
+                include_dashboard=False,
+                object_store_memory=_OBJECT_STORE_BYTES,
+                _metrics_export_port=self.config.telemetry.metrics_port,
+                _temp_dir=self._folder,
+                logging_level=logging.WARNING,
+                **options,
+            )
 
     def _wait(self, progress: Progress | None) -> None:
         deadline = time.monotonic() + max(self.config.attention.start_timeout_s, self.config.experts.start_timeout_s)
@@ -148,6 +165,18 @@ class LocalMesh:
             if time.monotonic() > deadline:
                 raise Unavailable(f"the mesh was not ready in time: { {n: _in_words(s) for n, s in states.items()} }")
             time.sleep(_POLL_S)
+
+
+@contextlib.contextmanager
+def _on_loopback() -> Iterator[None]:
+    """A Ray that is started meanwhile listens on 127.0.0.1, metrics included. On Linux it would on every address, and
+    whoever reaches its ports may run any code; what keeps it from that on other systems is this switch."""
+    before = ray_constants.ENABLE_RAY_CLUSTER
+    ray_constants.ENABLE_RAY_CLUSTER = False
+    try:
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = before
 
 
 def _in_words(state: Any) -> str:

@@ -9,15 +9,21 @@ from pathlib import Path
 import ray
 import ray._raylet
 import ray.core.generated.autoscaler_pb2 as autoscaler
+from ray import serve
 
 from expertmesh.platform.config import MeshConfig, cluster_secret
+from expertmesh.platform.logs import Origin, set_up
+from expertmesh.routing.transport import Tls, TlsSettings
 
 _LEVELS = {"debug": logging.DEBUG, "info": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR}
 
 
-def prepare_replica(config: MeshConfig) -> None:
-    """Sets the level of our own log; the rest of logging is Ray Serve's."""
-    logging.getLogger("expertmesh").setLevel(_LEVELS[config.telemetry.log_level])
+def prepare_replica(config: MeshConfig) -> Origin:
+    """Sets up our own log, and vLLM's where lines are JSON; Ray Serve's is Serve's. What to call this replica there."""
+    context = serve.get_replica_context()
+    origin = Origin(context.deployment, context.replica_id.unique_id)
+    set_up(_LEVELS[config.telemetry.log_level], config.telemetry.log_format, origin)
+    return origin
 
 
 def node_id() -> str:
@@ -53,6 +59,18 @@ def mesh_secret(config: MeshConfig) -> bytes:
     attention replicas on other machines then have another one and refuse each other: a cluster must be given one.
     """
     return cluster_secret(config, create_in=config.model.resolved_cache_dir)
+
+
+def tls_settings(config: MeshConfig) -> TlsSettings | None:
+    """What links between nodes are encrypted with."""
+    tls = config.routing.tls
+    return None if tls is None else TlsSettings(**tls.model_dump(mode="json"))
+
+
+def mesh_tls(config: MeshConfig) -> Tls | None:
+    """The certificates of this node, once they are found to be in order. Raises ConfigError."""
+    settings = tls_settings(config)
+    return None if settings is None else Tls(settings)
 
 
 def secret_path(config: MeshConfig, folder: Path) -> Path:

@@ -200,6 +200,11 @@ def test_attention_follows_its_signals_unless_a_person_has_spoken() -> None:
     assert mesh.scaling.wanted("attention") == 1
     mesh.scaling.scale("auto", None)
     assert mesh.scaling.wanted("attention") == 2
+    assert mesh.scaling.decisions == {
+        ("attention", "up", "waiting"): 1,
+        ("attention", "down", "manual"): 1,
+        ("attention", "up", "manual"): 1,
+    }
 
 
 def test_shards_follow_how_busy_they_are() -> None:
@@ -210,6 +215,14 @@ def test_shards_follow_how_busy_they_are() -> None:
         mesh.scaling.decide(1.0, 5.0 * turn)
     assert mesh.scaling.wanted("experts") == 3
     assert mesh.members.wanted == 3
+    assert mesh.scaling.decisions == {("experts", "up", "busy"): 1}
+
+
+def test_a_number_out_of_bounds_is_brought_back_for_that_reason() -> None:
+    mesh = Mesh(autoscaling={"experts": {"min_shards": 3, "max_shards": 4}})
+    mesh.scaling.decide(1.0, 0.0)
+    assert mesh.scaling.wanted("experts") == 3
+    assert mesh.scaling.decisions == {("experts", "up", "bounds"): 1}
 
 
 def test_serve_keeps_what_it_has_where_the_number_cannot_be_read() -> None:

@@ -21,10 +21,11 @@ import torch
 
 from expertmesh.deployments.experts.server import FrameServer, NotHeld
 from expertmesh.errors import WireError
-from expertmesh.routing.transport import Peer, connect, listen
+from expertmesh.routing.transport import Peer, TlsSettings, connect, listen
 from expertmesh.routing.transport.sockets import Address
 from expertmesh.routing.wire import HEADER_BYTES, Header, Kind, Limits, parse_combine, parse_error
 from expertmesh.routing.wire.frame import DispatchBody
+from tests.routing.certificates import Authority, write
 from tests.routing.harness import (
     EXPERTS,
     LAYERS,
@@ -67,12 +68,19 @@ def everything(kind: type[TorchKernel] = TorchKernel) -> TorchKernel:
     return kind(ReferenceExperts(), {layer: set(range(EXPERTS)) for layer in LAYERS})
 
 
+@pytest.fixture(scope="module")
+def member(tmp_path_factory: pytest.TempPathFactory) -> TlsSettings:
+    return write(tmp_path_factory.mktemp("tls"), Authority())
+
+
 @pytest.fixture
-def serve() -> Iterator[Serve]:
-    """Starts servers; stops them after the test and checks that nothing is left."""
+def serve(member: TlsSettings) -> Iterator[Serve]:
+    """Starts servers; stops them after the test and checks that nothing is left. `tls` is a family."""
     with started_servers() as servers:
 
         def start(kernel: Any = None, **options: Any) -> RunningServer:
+            if options.get("family") == "tls":
+                options.update(family="tcp", tls=member)
             servers.append(RunningServer(kernel or everything(), **{"limits": LIMITS, **options}))
             return servers[-1]
 
@@ -85,7 +93,7 @@ def open_client() -> Iterator[Open]:
     with contextlib.ExitStack() as stack:
 
         def open_one(server: RunningServer) -> socket.socket:
-            sock, _ = connect(server.address, SECRET, 10)
+            sock, _ = connect(server.address, SECRET, 10, server.tls)
             stack.enter_context(sock)
             sock.settimeout(10)
             return sock
@@ -140,7 +148,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("kind", sorted(BAD))
-@pytest.mark.parametrize("family", ["unix", "tcp"])
+@pytest.mark.parametrize("family", ["unix", "tcp", "tls"])
 def test_a_malformed_frame_closes_its_connection_and_no_other(
     serve: Serve, open_client: Open, kind: str, family: str
 ) -> None:
@@ -156,8 +164,9 @@ def test_a_malformed_frame_closes_its_connection_and_no_other(
     eventually(lambda: server.server.stats.connections == 1, "the bad one is forgotten")
 
 
-def test_frames_behind_a_good_one_in_the_same_packet(serve: Serve, open_client: Open) -> None:
-    server = serve()
+@pytest.mark.parametrize("family", ["unix", "tls"])
+def test_frames_behind_a_good_one_in_the_same_packet(serve: Serve, open_client: Open, family: str) -> None:
+    server = serve(family=family)
     sock = open_client(server)
     pieces = [request_parts(X, [0, 1, 2], [0, 1, 2], frame=frame) for frame in range(1, 8)]
     sock.sendall(b"".join(pieces) + pieces[0][:70])
@@ -167,8 +176,9 @@ def test_frames_behind_a_good_one_in_the_same_packet(serve: Serve, open_client: 
     assert is_closed(sock)
 
 
-def test_a_client_that_drips_stalls_nobody(serve: Serve, open_client: Open) -> None:
-    server = serve()
+@pytest.mark.parametrize("family", ["unix", "tls"])
+def test_a_client_that_drips_stalls_nobody(serve: Serve, open_client: Open, family: str) -> None:
+    server = serve(family=family)
     slow, fast = open_client(server), open_client(server)
     data = request_parts(X, [0, 1, 2], [0, 1, 2])
     for at in range(len(data)):
@@ -209,7 +219,7 @@ def test_silent_clients_do_not_keep_others_from_connecting(serve: Serve, open_cl
             stack.enter_context(sock).settimeout(10)
             ask(sock)
             assert is_right(sock)
-        eventually(lambda: len(server.server._greeting) == 63, "the newest are still waited for")
+        eventually(lambda: server.server.door.waiting == 63, "the newest are still waited for")
         silent[0].recv(4096)  # the challenge
         assert is_closed(silent[0])
 
@@ -463,9 +473,10 @@ class Wide:
         return body.x.clone()
 
 
-def test_many_unread_answers_are_kept_and_then_the_server_rests(serve: Serve, open_client: Open) -> None:
+@pytest.mark.parametrize("family", ["unix", "tls"])
+def test_many_unread_answers_are_kept_and_then_the_server_rests(serve: Serve, open_client: Open, family: str) -> None:
     """2,000 answers of 16 KB to a client that reads nothing yet: far more buffers than one system call takes."""
-    server = serve(Wide(), width=4096)
+    server = serve(Wide(), width=4096, family=family)
     sock, other = open_client(server), open_client(server)
     frames = 2000
     x = torch.arange(4096).float().view(1, 4096)
@@ -495,11 +506,12 @@ def test_many_unread_answers_are_kept_and_then_the_server_rests(serve: Serve, op
     eventually(lambda: not asks_for_room(), "the data plane rests", 2)
 
 
+@pytest.mark.parametrize("family", ["unix", "tls"])
 def test_a_client_that_never_reads_is_dropped_at_the_limit(
-    serve: Serve, open_client: Open, monkeypatch: pytest.MonkeyPatch
+    serve: Serve, open_client: Open, family: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("expertmesh.deployments.experts.connection._MAX_UNSENT_BYTES", 1 << 20)
-    server = serve(Wide(), width=4096)
+    server = serve(Wide(), width=4096, family=family)
     sock, other = open_client(server), open_client(server)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 16)
     x = torch.zeros(512, 4096)  # 8 MB a frame
@@ -584,8 +596,9 @@ def test_one_server_on_two_listeners_answers_with_the_owners_epoch() -> None:
         server.stop()
 
 
-def test_rows_arrive_whole_in_pieces_of_any_size(serve: Serve, open_client: Open) -> None:
-    server = serve(Wide(), width=4096)
+@pytest.mark.parametrize("family", ["unix", "tls"])
+def test_rows_arrive_whole_in_pieces_of_any_size(serve: Serve, open_client: Open, family: str) -> None:
+    server = serve(Wide(), width=4096, family=family)
     sock = open_client(server)
     random = np.random.default_rng(3)
     frames = [torch.from_numpy(random.standard_normal((rows, 4096)).astype(np.float32)) for rows in (1, 300, 2, 70)]

@@ -130,6 +130,7 @@ def test_who_is_not_heard_of_is_dropped(members: Membership, clock: Clock) -> No
     assert beat(members, "b")
     clock.now += 0.001
     assert sorted(members.expire()) == ["a", "x"]
+    assert members.lost == {"attention": 1, "experts": 1}
     assert members.epoch > epoch
     assert members.table().targets == (target("b"),)
     assert members.attention == {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -171,6 +172,7 @@ def test_a_copy_is_dropped_only_when_every_replica_goes_by_the_newer_table() -> 
     assert mesh.replacement.running[0].state is State.EMPTYING
     mesh.obey(f"s{other}")
     assert mesh.replacement.ended[-1].state is State.DONE
+    assert mesh.replacement.counts == {State.DONE: 1, State.ABANDONED: 0}
 
 
 def test_a_shard_that_cannot_load_is_left_out_and_the_plan_continues() -> None:
@@ -199,6 +201,7 @@ def test_a_shard_that_cannot_load_is_left_out_and_the_plan_continues() -> None:
     assert ended[moves[0]].state is State.ABANDONED
     assert "no such tensor" in ended[moves[0]].why
     assert any(running.state is State.DONE for running in mesh.replacement.ended)
+    assert mesh.replacement.counts == Counter(running.state for running in mesh.replacement.ended)
     assert (mesh.members.slots == -1).any(axis=2).all()
 
 

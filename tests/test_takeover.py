@@ -166,7 +166,10 @@ def test_survivors_take_over_at_once_and_give_up_when_a_replacement_serves(redun
     before = mesh.members.table()
     assert before.redundancy == redundancy
     victim = next(iter(mesh.held))
+    lost = int((mesh.held[victim] >= 0).sum())
+    assert mesh.takeover.adopted == 0
     mesh.die(victim)
+    assert mesh.takeover.adopted == lost
     assert mesh.members.table().redundancy == redundancy - 1
     assert not mesh.takeover.settled
     for shard in mesh.held:

@@ -6,12 +6,13 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 import numpy as np
 from ray import serve
 
+from expertmesh.deployments.controller.chronicle import Chronicle
 from expertmesh.deployments.controller.durable import (
     Deposed,
     KeyValues,
@@ -20,6 +21,8 @@ from expertmesh.deployments.controller.durable import (
     RayKeyValues,
     first_epoch,
 )
+from expertmesh.deployments.controller.events import Kind, Timeline
+from expertmesh.deployments.controller.history import INTERVAL_S, History
 from expertmesh.deployments.controller.membership import Membership, ShardMember
 from expertmesh.deployments.controller.planner import (
     Planner,
@@ -33,11 +36,14 @@ from expertmesh.deployments.controller.scaling import Request, Scaling
 from expertmesh.deployments.controller.takeover import Takeover
 from expertmesh.deployments.messages import AttentionReport, JoinRequest, Lease, Orders, ShardReport
 from expertmesh.deployments.runtime import prepare_replica
+from expertmesh.deployments.telemetry.controller import ControllerMetrics, Figures
+from expertmesh.deployments.telemetry.recorder import publish_forever, recorder_for
 from expertmesh.platform.autoscaling.targets import Targets
 from expertmesh.platform.checkpoints import checkpoint_revision, expert_layout, open_checkpoint
 from expertmesh.platform.checkpoints.source import model_folder
 from expertmesh.platform.config import MeshConfig
-from expertmesh.routing.placement import Limits, Move, even_slots, loaded_slots, slots_per_shard
+from expertmesh.platform.metrics.catalogue import CONTROLLER
+from expertmesh.routing.placement import Limits, Move, RoutingTable, even_slots, loaded_slots, slots_per_shard
 from expertmesh.routing.placement.static import IntArray
 
 log = logging.getLogger("expertmesh.controller")
@@ -54,7 +60,8 @@ class Controller:
 
     def __init__(self, config: MeshConfig, store: KeyValues | None = None) -> None:
         """store: what outlives the controller; Ray's, which is there in a Serve replica, unless given."""
-        prepare_replica(config)
+        if store is None:
+            prepare_replica(config)
         checkpoint = open_checkpoint(model_folder(config.model))
         layout = expert_layout(checkpoint)
         meshed = config.experts.mode == "mesh"
@@ -98,11 +105,20 @@ class Controller:
         """`pairs` and `busy_s` of each shard when the loads were last looked at."""
         self._changed = asyncio.Event()
         self._announced = 0
+        self._told = asyncio.Event()
+        self._timeline = Timeline(self._office.term, time.time, self._ring)
+        self._chronicle = Chronicle(self._timeline, self._members, self._replacement, self._takeover)
+        self._history = History(len(layout.layers), layout.num_experts, time.time)
+        term = self._office.term
+        self._timeline.add(Kind.OFFICE, f"the controller of term {term} takes office", term=term)
         self._started = time.monotonic()
         self._planner = Planner(
             len(layout.layers), layout.num_experts, redundancy, rebalance.half_life_s, limits, self._started
         )
         self._tasks: list[asyncio.Task[None]] = []
+        self._metrics = ControllerMetrics(
+            recorder_for(config, CONTROLLER), self._members, self._replacement, self._takeover, self._scaling
+        )
 
     def check_health(self) -> None:
         """Raises once another controller has taken office, so that Serve ends this one."""
@@ -115,7 +131,9 @@ class Controller:
         """A lease of experts; None while all are taken: ask again."""
         self._check_office(request.seen_epoch)
         self._keep_house()
-        return self._members.join(request)
+        lease = self._members.join(request)
+        self._chronicle.look_at_members()
+        return lease
 
     async def heartbeat(self, report: ShardReport) -> Orders | None:
         """Takes a shard's report; what it is to hold, or None if the shard must join (again)."""
@@ -203,12 +221,10 @@ class Controller:
             }
             for m in sorted(members.shards.values(), key=lambda m: m.index)
         ]
-        serving = any(a["ready"] for a in attention)
-        complete = not meshed or table.missing == 0
         return {
             "model": self._config.model.name,
             "mode": self._config.experts.mode,
-            "health": "ok" if serving and complete else "starting" if not serving else "degraded",
+            "health": self._health(table),
             "revision": self._revision,
             "placement": {
                 "epoch": table.epoch,
@@ -225,6 +241,12 @@ class Controller:
             "shards": shards,
             "wanted": self._scaling.numbers,
         }
+
+    def _health(self, table: RoutingTable) -> str:
+        """ok; starting, while no replica serves; degraded, while an expert is missing."""
+        if not any(member.report.ready for member in self._members.attention.values()):
+            return "starting"
+        return "degraded" if self._config.experts.mode == "mesh" and table.missing else "ok"
 
     async def placement(self) -> dict[str, Any]:
         """Expert ids in each slot: `slots[shard index][layer][slot]`, -1 empty, and which shard serves each index; the
@@ -264,6 +286,8 @@ class Controller:
 
     async def freeze(self, frozen: bool) -> dict[str, Any]:
         """Stops re-placing by itself, or starts again. Moves on their way are finished."""
+        if frozen != self._frozen:
+            self._chronicle.froze(frozen)
         self._frozen = frozen
         self._remember()
         return {"frozen": frozen}
@@ -271,7 +295,10 @@ class Controller:
     async def scale(self, attention: Request = None, experts: Request = None) -> dict[str, int | None]:
         """Sets how many replicas there are to be, `auto` for what the signals or the configuration say; what is wanted
         then. Raises ValueError for a number that can't be."""
-        return self._scaling.scale(attention, experts)
+        before = self._scaling.numbers
+        after = self._scaling.scale(attention, experts)
+        self._chronicle.scaled(before, after, "hand")
+        return after
 
     async def loads(self) -> dict[str, Any]:
         """Tokens dispatched: `tokens[layer][expert]`, lately `rows_a_second[layer][expert]`; layers in which traffic
@@ -284,6 +311,34 @@ class Controller:
             "shifted": [layers[position] for position in self._planner.shifted],
             "by_shard": {m.shard: int(m.stats.get("pairs", 0)) for m in self._members.shards.values()},
         }
+
+    async def heat(self) -> dict[str, Any]:
+        """`rows_a_second[layer][expert]` of the last seconds."""
+        return {
+            "layers": list(self._members.layers),
+            "experts": self._members.num_experts,
+            "rows_a_second": self._history.rows_a_second.round(1).tolist(),
+        }
+
+    async def history(self, after: float) -> dict[str, Any]:
+        """The samples of the last minutes that ended after `after`, in seconds since 1970; see history.py."""
+        self._keep_house()
+        return self._history.since(after)
+
+    async def events(self, after: int, wait_s: float) -> list[dict[str, Any]]:
+        """Events with ids above `after`, as soon as there are any; none after `wait_s` seconds without one."""
+        self._keep_house()
+        if after > self._timeline.newest:  # another mesh's id, or one of a controller that is in office instead of this
+            await asyncio.to_thread(self._office.check)
+        deadline = time.monotonic() + wait_s
+        while True:
+            told = self._told
+            if events := self._timeline.after(after):
+                return [event.to_dict() for event in events]
+            try:
+                await asyncio.wait_for(told.wait(), max(0.0, deadline - time.monotonic()))
+            except TimeoutError:
+                return []
 
     # -- re-placement -------------------------------------------------------------------------------------------
 
@@ -328,6 +383,7 @@ class Controller:
             try:
                 if self._planner.observe(self._members.loads(), time.monotonic()):
                     log.info("traffic has shifted in %d layers", len(self._planner.shifted))
+                    self._chronicle.shifted(len(self._planner.shifted))
                 moves = await self._planned()
                 self._counted = {
                     m.shard: (m.stats.get("pairs", 0), m.stats.get("busy_s", 0.0))
@@ -351,15 +407,27 @@ class Controller:
 
     # -- housekeeping -------------------------------------------------------------------------------------------
 
-    def _follow_up(self) -> None:
-        """To be called when something has changed: experts change hands, moves go on, watchers get the new table."""
+    def _follow_up(self, lost: Collection[str] = ()) -> None:
+        """To be called when something has changed: experts change hands, moves go on, watchers get the new table.
+
+        lost: members that were not heard of in time.
+        """
+        self._chronicle.look_at_members(lost)
         self._takeover.advance()
         self._replacement.advance()
+        self._chronicle.look_at_placement()
         self._remember()
         if self._members.epoch != self._announced:
             self._announced = self._members.epoch
             changed, self._changed = self._changed, asyncio.Event()
             changed.set()
+            if self._config.experts.mode == "mesh":
+                self._chronicle.published(self._announced, self._members.table().missing)
+
+    def _ring(self) -> None:
+        """Wakes whoever waits for events."""
+        told, self._told = self._told, asyncio.Event()
+        told.set()
 
     def _remember(self) -> None:
         """Writes down what has been decided since the last time, for the controller after this one."""
@@ -397,18 +465,37 @@ class Controller:
         for task in self._tasks:
             task.cancel()
         loop = asyncio.get_running_loop()
-        self._tasks = [loop.create_task(self._expire_forever())]
+        self._tasks = [
+            loop.create_task(self._expire_forever()),
+            loop.create_task(self._sample_forever()),
+            loop.create_task(publish_forever(self._publish)),
+        ]
         scaling = self._config.autoscaling
         if scaling.attention is not None or scaling.experts is not None:
             self._tasks.append(loop.create_task(self._scale_forever()))
         if self._staging:
             self._tasks.append(loop.create_task(self._rebalance_forever()))
 
+    def _publish(self) -> None:
+        table = self._members.table()
+        missing = table.missing if self._config.experts.mode == "mesh" else 0
+        self._metrics.publish(Figures(self._health(table) == "ok", missing, self._balancedness, self._frozen))
+
+    async def _sample_forever(self) -> None:
+        while True:
+            await asyncio.sleep(INTERVAL_S)
+            try:
+                self._history.take(self._members, time.monotonic())
+            except Exception:  # figures for people: nothing depends on them
+                log.exception("no sample was taken")
+
     async def _scale_forever(self) -> None:
         while True:
             await asyncio.sleep(self._config.autoscaling.interval_s)
             try:
+                before = self._scaling.numbers
                 self._scaling.decide(self._balancedness, time.monotonic())
+                self._chronicle.scaled(before, self._scaling.numbers, "signals")
             except Exception:  # the numbers stay as they are
                 log.exception("the signals could not be looked at")
 
@@ -429,7 +516,7 @@ class Controller:
     def _expire(self) -> None:
         if gone := self._members.expire():
             log.warning("not heard of in time: %s", ", ".join(gone))
-        self._follow_up()
+        self._follow_up(gone)
 
 
 def initial_slots(layers: int, experts: int, shards: int, redundancy: int, spare: int, staging: bool) -> IntArray:

@@ -87,6 +87,8 @@ class Membership:
         self.attention: dict[str, AttentionMember] = {}
         self.wanted = len(slots)
         """How many shards there are to be."""
+        self.lost = {"attention": 0, "experts": 0}
+        """Members not heard of in time, since the start."""
         self.redundancy = redundancy
         self.spare = spare
         self.staging = staging
@@ -220,6 +222,8 @@ class Membership:
             loads = self.attention.pop(replica).report.loads
             if loads is not None:
                 self._away[replica] = loads
+        self.lost["experts"] += len(shards)
+        self.lost["attention"] += len(replicas)
         while len(self._away) > _MAX_AWAY:  # the longest away do not come back
             self._retired_loads += self._away.pop(next(iter(self._away)))
         return shards + replicas

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from itertools import groupby
@@ -74,6 +74,10 @@ class Replacement:
         self._waiting: deque[Sequence[Move]] = deque()
         self.running: list[Running] = []
         self.ended: deque[Running] = deque(maxlen=_REMEMBERED)
+        self.counts = {State.DONE: 0, State.ABANDONED: 0}
+        """Moves that ended since the start."""
+        self.tell: Callable[[Running], None] = lambda running: None
+        """Called when a move has begun, and when it has ended."""
 
     @property
     def busy(self) -> bool:
@@ -92,11 +96,17 @@ class Replacement:
         while True:
             while any(self._advance(running) for running in self.running):
                 pass
-            self.ended.extend(running for running in self.running if running.state.ended)
+            for running in self.running:
+                if running.state.ended:
+                    self.ended.append(running)
+                    self.tell(running)
             self.running = [running for running in self.running if not running.state.ended]
             if self.running or not self._waiting:
                 return
             self.running = [self._begun(move) for move in self._waiting.popleft()]
+            for running in self.running:
+                if not running.state.ended:
+                    self.tell(running)
 
     def _begun(self, move: Move) -> Running:
         members = self._members
@@ -182,4 +192,5 @@ class Replacement:
 
     def _end(self, running: Running) -> None:
         running.state = State.ABANDONED if running.why else State.DONE
+        self.counts[running.state] += 1
         log.log(logging.WARNING if running.why else logging.INFO, "%s", running)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,9 +15,9 @@ from expertmesh.platform.autoscaling.rules import (
     Memory,
     ShardAims,
     ShardSignals,
-    attention_load,
+    attention_parts,
     decided,
-    experts_load,
+    experts_parts,
 )
 from expertmesh.platform.autoscaling.targets import DEPLOYMENTS, Deployment, Targets
 from expertmesh.platform.config import MeshConfig
@@ -40,6 +41,8 @@ class Scaling:
         self._memory: dict[Deployment, Memory] = {"attention": Memory(), "experts": Memory()}
         self._counted: dict[str, tuple[float, float, float]] = {}
         """Time, `busy_s` and `waited_s` of each shard when its signals were last looked at."""
+        self.decisions: Counter[tuple[Deployment, str, str]] = Counter()
+        """Changes of a number: deployment, `up` or `down`, and the reason: a signal's name, `bounds` or `manual`."""
         self._follow()
 
     def wanted(self, deployment: Deployment) -> int:
@@ -56,7 +59,9 @@ class Scaling:
         requests: dict[Deployment, Request] = {"attention": attention, "experts": experts}
         for deployment, request in requests.items():
             if request is not None:
+                before = self.wanted(deployment)
                 self._targets.set_manual(deployment, None if request == AUTO else int(request))
+                self._note(deployment, before, self.wanted(deployment), "manual")
         self._follow()
         return self.numbers
 
@@ -74,27 +79,38 @@ class Scaling:
                 attention.target_ongoing_requests, attention.waiting, attention.kv_use, attention.ttft_ms / 1000
             )
             replicas = [member.report for member in self._members.attention.values() if member.report.ready]
-            load = attention_load([_attention_signals(r.running, r.stats.get("load", {})) for r in replicas], aims)
+            parts = attention_parts([_attention_signals(r.running, r.stats.get("load", {})) for r in replicas], aims)
             least, most = attention.min_replicas, attention.max_replicas
-            self._decide("attention", load, len(replicas), now, _bounds(least, most, attention))
+            self._decide("attention", parts, len(replicas), now, _bounds(least, most, attention))
         if scaling.experts is not None:
             experts = scaling.experts
-            load = experts_load(
+            parts = experts_parts(
                 self._shard_signals(now), balancedness, ShardAims(experts.busy, experts.queueing, experts.balancedness)
             )
             least, most = experts.min_shards, experts.max_shards
-            self._decide("experts", load, len(self._members.present()), now, _bounds(least, most, experts))
+            self._decide("experts", parts, len(self._members.present()), now, _bounds(least, most, experts))
         self._follow()
 
-    def _decide(self, deployment: Deployment, load: float, ready: int, now: float, bounds: Bounds) -> None:
+    def _decide(
+        self, deployment: Deployment, parts: Mapping[str, float], ready: int, now: float, bounds: Bounds
+    ) -> None:
         if self._targets.manual(deployment) is not None:
             self._memory[deployment] = Memory()
             return
         before = self.wanted(deployment)
+        reason = max(parts, key=lambda part: parts[part])
+        load = parts[reason]
         after, self._memory[deployment] = decided(load, before, ready, now, self._memory[deployment], bounds)
         if after != before:
-            log.warning("%s: %d replicas instead of %d, at load %.2f", deployment, after, before, load)
+            if not bounds.least <= before <= bounds.most:
+                reason = "bounds"
+            log.warning("%s: %d replicas instead of %d, at load %.2f (%s)", deployment, after, before, load, reason)
             self._targets.set_automatic(deployment, after)
+            self._note(deployment, before, after, reason)
+
+    def _note(self, deployment: Deployment, before: int, after: int, reason: str) -> None:
+        if after != before:
+            self.decisions[deployment, "up" if after > before else "down", reason] += 1
 
     def _shard_signals(self, now: float) -> list[ShardSignals]:
         signals, counted = [], {}

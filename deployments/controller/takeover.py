@@ -36,6 +36,8 @@ class Takeover:
         """Shards that could not load what they were ordered to take over."""
         self.unplaced: list[tuple[int, int]] = []
         """(layer, expert) once for each copy that is wanting and that no shard can take."""
+        self.adopted = 0
+        """Copies ordered since the start."""
         self._seen: object = None
         self._may_give_up = False
 
@@ -136,6 +138,7 @@ class Takeover:
         for shard, layer, expert in added:
             members.order(shard, layer, expert)
             self._ordered.add((present[shard].shard, layer, expert))
+        self.adopted += len(added)
         if added:
             log.warning("%d experts change hands, to %d shards", len(added), len({shard for shard, *_ in added}))
         if self.unplaced:

@@ -19,11 +19,14 @@ from ray.serve.handle import DeploymentHandle
 
 from expertmesh.deployments.experts.shard import Shard, ShardSettings, new_shard_id
 from expertmesh.deployments.messages import JoinRequest, Lease, Orders, ShardReport
-from expertmesh.deployments.runtime import bind_host, drain_node, mesh_secret, node_id, prepare_replica
+from expertmesh.deployments.runtime import bind_host, drain_node, mesh_secret, mesh_tls, node_id, prepare_replica
+from expertmesh.deployments.telemetry.experts import ShardMetrics
+from expertmesh.deployments.telemetry.recorder import publish_forever, recorder_for
 from expertmesh.errors import CheckpointError
 from expertmesh.platform.autoscaling.spot import InstanceMetadata
 from expertmesh.platform.checkpoints.source import model_folder
 from expertmesh.platform.config import MeshConfig
+from expertmesh.platform.metrics.catalogue import SHARDS
 from expertmesh.routing.placement import Target
 from expertmesh.routing.placement.static import IntArray
 from expertmesh.routing.wire import Limits
@@ -61,6 +64,8 @@ class ExpertShard:
         self._lease = await self._join(None)
         self._beating = loop.create_task(self._beat())
         self._watching = loop.create_task(self._watch_node())
+        self._metrics = ShardMetrics(recorder_for(config, SHARDS))
+        self._publishing = loop.create_task(publish_forever(self._publish))
         try:
             self._shard = shard = await asyncio.to_thread(self._open, self._lease)
             shard.start()
@@ -124,7 +129,8 @@ class ExpertShard:
             limits=Limits(routing.max_frame_rows, routing.max_frame_mib << 20),
             max_batch_rows=experts.max_batch_rows,
         )
-        return Shard(settings, mesh_secret(self._config), np.full_like(lease.slots, -1), self._id)
+        secret, tls = mesh_secret(self._config), mesh_tls(self._config)
+        return Shard(settings, secret, np.full_like(lease.slots, -1), self._id, tls=tls)
 
     async def _report(self) -> None:
         shard = self._shard
@@ -171,6 +177,10 @@ class ExpertShard:
             self._failed = (slots, f"{type(error).__name__}: {error}")
         self._news.set()
 
+    def _publish(self) -> None:
+        if self._shard is not None:
+            self._metrics.publish(self._shard)
+
     def check_health(self) -> None:
         """Raises if the shard can't serve any more, so that Serve replaces it."""
         if self._beating.done():
@@ -201,6 +211,7 @@ class ExpertShard:
     def _close(self) -> None:
         self._beating.cancel()
         self._watching.cancel()
+        self._publishing.cancel()
         if (shard := self._shard) is not None:
             self._shard = None
             shard.stop()

@@ -6,7 +6,6 @@ which may be slow, happen elsewhere. A connection that breaks the protocol is cl
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import logging
 import os
@@ -16,7 +15,6 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -24,16 +22,13 @@ import torch
 
 from expertmesh.deployments.experts.connection import Connection
 from expertmesh.errors import WireError
-from expertmesh.routing.transport import Peer, challenge
+from expertmesh.routing.transport import Door, Peer, Tls
 from expertmesh.routing.transport.sockets import accepted
 from expertmesh.routing.wire import Limits
 from expertmesh.routing.wire.frame import DispatchBody
 
 log = logging.getLogger("expertmesh.experts")
 
-_HANDSHAKE_TIMEOUT_S = 5.0
-_MAX_HANDSHAKES = 64
-"""At once. A genuine one takes milliseconds, so at the limit the oldest is one of a client that says nothing."""
 _ACCEPT_PAUSE_S = 0.1
 """How long no connection is accepted after the process ran out of descriptors or memory for one."""
 _OUT_OF_RESOURCES = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
@@ -90,12 +85,13 @@ class FrameServer:
         limits: Limits,
         max_batch_rows: int = 8192,
         clock_ns: Callable[[], int] = time.perf_counter_ns,
+        tls: Tls | None = None,
     ) -> None:
-        """clock_ns: what computing and waiting are measured with, in nanoseconds."""
+        """tls: what clients from other nodes must use; clock_ns: what computing and waiting are measured with, in
+        nanoseconds."""
         self.epoch = 0
         """Placement epoch that answers carry; set by the owner."""
         self._listeners = {sock.fileno(): sock for sock in listeners}
-        self._secret = secret
         self._me = me
         self._dtype: torch.dtype = getattr(torch, me.dtype)
         self._kernel = kernel
@@ -104,8 +100,7 @@ class FrameServer:
         self._clock_ns = clock_ns
         self._turn_began_ns = clock_ns()
         self._connections: dict[int, Connection] = {}
-        self._greeting: dict[socket.socket, None] = {}
-        """Sockets whose handshake is not over, oldest first."""
+        self.door = Door(secret, tls, log)
         self._fresh: deque[socket.socket] = deque()
         self._unread: list[Connection] = []
         """Those with more than one frame in their buffer, of which epoll knows nothing."""
@@ -115,7 +110,6 @@ class FrameServer:
         self._wake = os.eventfd(0, os.EFD_NONBLOCK)
         self._stopping = False
         self._stopped = False
-        self._handshakes = ThreadPoolExecutor(_MAX_HANDSHAKES, thread_name_prefix="handshake")
         self._thread = threading.Thread(target=self._run, name="data-plane", daemon=True)
         self._frames = self._batches = self._pairs = self._refused = self._busy_ns = self._waited_ns = 0
         self._layer_pairs: dict[int, int] = {}
@@ -139,13 +133,8 @@ class FrameServer:
         os.eventfd_write(self._wake, 1)
         if self._thread.ident is not None:
             self._thread.join()
-        for sock in list(self._greeting):
-            with contextlib.suppress(OSError):
-                sock.shutdown(socket.SHUT_RDWR)  # ends its handshake now instead of at the timeout
-        self._handshakes.shutdown(cancel_futures=True)
+        self.door.close()
         self._close_sockets()
-        for sock in list(self._greeting):
-            sock.close()
         self._epoll.close()
         os.close(self._wake)
 
@@ -315,16 +304,7 @@ class FrameServer:
             log.error("no connection accepted for %g s: %s", _ACCEPT_PAUSE_S, error)
             self._pause_accepting()
             return
-        while len(waiting := list(self._greeting)) >= _MAX_HANDSHAKES:
-            self._give_up(waiting[0])
-        self._greeting[sock] = None
-        self._handshakes.submit(self._greet, sock)
-
-    def _give_up(self, sock: socket.socket) -> None:
-        """Ends a handshake now instead of at its timeout; its thread closes the socket."""
-        self._greeting.pop(sock, None)
-        with contextlib.suppress(OSError):
-            sock.shutdown(socket.SHUT_RDWR)
+        self.door.greet(sock, self._me, self._welcome)
 
     def _pause_accepting(self) -> None:
         for fd in self._listeners:  # a client that waits would wake this thread all the time
@@ -337,18 +317,8 @@ class FrameServer:
             for fd in self._listeners:
                 self._epoll.modify(fd, select.EPOLLIN)
 
-    def _greet(self, sock: socket.socket) -> None:
-        try:
-            sock.settimeout(_HANDSHAKE_TIMEOUT_S)
-            challenge(sock, self._secret, self._me)
-            sock.setblocking(False)
-        except (OSError, WireError) as error:
-            log.warning("connection refused: %s", error)
-            self._greeting.pop(sock, None)
-            sock.close()
-            return
+    def _welcome(self, sock: socket.socket) -> None:
         self._fresh.append(sock)
-        self._greeting.pop(sock, None)
         os.eventfd_write(self._wake, 1)
 
     def _admit(self) -> None:

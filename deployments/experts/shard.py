@@ -14,7 +14,7 @@ from expertmesh.deployments.experts.memory import available_bytes
 from expertmesh.deployments.experts.server import FrameServer, ServerStats
 from expertmesh.platform.checkpoints import checkpoint_revision, expert_layout, open_checkpoint
 from expertmesh.routing.placement.static import IntArray
-from expertmesh.routing.transport import Address, Peer, listen
+from expertmesh.routing.transport import Address, Peer, Tls, listen
 from expertmesh.routing.wire import Limits
 
 
@@ -57,11 +57,12 @@ class Shard:
         slots: IntArray,
         shard_id: str | None = None,
         revision: str | None = None,
+        tls: Tls | None = None,
     ) -> None:
         """Loads weights: takes seconds. Raises CheckpointError.
 
         slots: [layers, slots] expert ids, -1 where empty; revision: what it tells dispatchers that it serves, the
-        checkpoint's own unless given.
+        checkpoint's own unless given; tls: what clients from other nodes must use.
         """
         self.shard_id = shard_id or new_shard_id()
         sys.setswitchinterval(_SWITCH_INTERVAL_S)
@@ -77,7 +78,7 @@ class Shard:
         revision = revision or checkpoint_revision(open_checkpoint(settings.folder))  # its samples are no weights read
         me = Peer(self.shard_id, revision, self.bank.width, self.bank.dtype)
         sockets = [sock for sock, _ in listeners]
-        self.server = FrameServer(sockets, secret, me, self.bank, settings.limits, settings.max_batch_rows)
+        self.server = FrameServer(sockets, secret, me, self.bank, settings.limits, settings.max_batch_rows, tls=tls)
 
     def _wanted(self, settings: ShardSettings) -> list[Address]:
         wanted = []

@@ -11,12 +11,12 @@ import math
 from collections.abc import Collection
 
 from fastapi import FastAPI
-from fastapi.responses import JSONResponse
 from starlette.datastructures import Headers
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from expertmesh.deployments.ingress import access_rules as rules
+from expertmesh.deployments.ingress.errors import refusal
 from expertmesh.deployments.ingress.tenant import current_tenant
 from expertmesh.platform.access import ADMIN, Key, KeyFile, Meters
 from expertmesh.platform.config.sections import IngressConfig
@@ -66,9 +66,9 @@ class SizeMiddleware:
             await self._app(scope, receive, send)
             return
         if rules.header_bytes(scope) > self._max_header:
-            await _refusal(431, f"URL and headers are larger than {self._max_header} bytes")(scope, receive, send)
+            await refusal(431, f"URL and headers are larger than {self._max_header} bytes")(scope, receive, send)
             return
-        too_large = _refusal(413, f"the body is larger than {self._max_body} bytes")
+        too_large = refusal(413, f"the body is larger than {self._max_body} bytes")
         announced = Headers(scope=scope).get("content-length", "")
         if announced.isdecimal() and int(announced[:20]) > self._max_body:
             await too_large(scope, receive, send)
@@ -131,7 +131,7 @@ class AccessMiddleware:
             return
         headers = Headers(scope=scope)
         if rules.is_foreign_page(headers, self._origins):
-            await _refusal(403, "pages of this origin may not call the API; see ingress.cors_origins")(
+            await refusal(403, "pages of this origin may not call the API; see ingress.cors_origins")(
                 scope, receive, send
             )
             return
@@ -141,7 +141,7 @@ class AccessMiddleware:
         elif self._keys is not None:
             await self._with_key(needed, headers, scope, receive, send)
         elif needed == ADMIN and not (self._open_admin and rules.is_local(scope, headers)):
-            await _refusal(403, _NO_KEYS)(scope, receive, send)
+            await refusal(403, _NO_KEYS)(scope, receive, send)
         else:
             await self._app(scope, receive, send)
 
@@ -153,12 +153,12 @@ class AccessMiddleware:
             why = (
                 "no API key: send one as `Authorization: Bearer KEY`" if token is None else "this API key is not known"
             )
-            await _refusal(401, why, {"WWW-Authenticate": "Bearer"})(scope, receive, send)
+            await refusal(401, why, {"WWW-Authenticate": "Bearer"})(scope, receive, send)
         elif needed not in key.scopes:
-            await _refusal(403, f"this API key has not the scope {needed}")(scope, receive, send)
+            await refusal(403, f"this API key has not the scope {needed}")(scope, receive, send)
         elif (wait_s := self._meters.enter(key)) > 0:
             retry = {"Retry-After": str(math.ceil(wait_s))}
-            await _refusal(429, _over(key), retry)(scope, receive, send)
+            await refusal(429, _over(key), retry)(scope, receive, send)
         else:
             tenant = current_tenant.set(key.tenant)
             try:
@@ -175,17 +175,3 @@ def _over(key: Key) -> str:
     if key.concurrent_requests is not None:
         limits.append(f"{key.concurrent_requests} at once")
     return f"this API key may make {' and '.join(limits)}"
-
-
-_TYPES = {
-    401: "AuthenticationError",
-    403: "PermissionDeniedError",
-    413: "RequestTooLarge",
-    429: "RateLimitError",
-    431: "RequestTooLarge",
-}
-
-
-def _refusal(status: int, message: str, headers: dict[str, str] | None = None) -> JSONResponse:
-    error = {"message": message, "type": _TYPES[status], "param": None, "code": status}
-    return JSONResponse({"error": error}, status, headers)

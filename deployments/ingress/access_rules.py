@@ -12,9 +12,11 @@ from starlette.types import Scope
 
 from expertmesh.platform.access import ADMIN, INFER
 
-PUBLIC = frozenset({"/health", "/ping"})
-"""What load balancers and Kubernetes ask, which have no key."""
-_ADMIN = "/mesh"
+_CONSOLE = frozenset({"/console", "/console/", "/console/app.js", "/console/app.css", "/console/icon.svg"})
+PUBLIC = frozenset({"/health", "/ping"}) | _CONSOLE
+"""What load balancers and Kubernetes ask, which have no key; the console's files, which hold no data."""
+ADMIN_PATH = "/mesh"
+"""Below it are the admin routes."""
 _FORWARDED = ("forwarded", "x-forwarded-for", "x-forwarded-host", "x-real-ip")
 
 
@@ -28,7 +30,7 @@ def scope_for(path: str) -> Literal["infer", "admin"] | None:
     """The scope that a key needs for `path`; None: no key is needed. What nobody has thought of needs one."""
     if path in PUBLIC:
         return None
-    return ADMIN if path == _ADMIN or path.startswith(f"{_ADMIN}/") else INFER
+    return ADMIN if path == ADMIN_PATH or path.startswith(f"{ADMIN_PATH}/") else INFER
 
 
 def token_of(headers: Headers) -> str | None:

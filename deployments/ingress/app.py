@@ -8,6 +8,7 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 from fastapi import FastAPI
+from opentelemetry.trace import Tracer
 from vllm import AsyncEngineArgs
 from vllm.config import VllmConfig
 from vllm.entrypoints.launchers.api_server.app_state import init_app_state
@@ -16,14 +17,23 @@ from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from expertmesh.deployments.ingress.access import add_walls
+from expertmesh.deployments.ingress.access_rules import scope_for
 from expertmesh.deployments.ingress.client import MeshEngineClient
 from expertmesh.deployments.ingress.core import RemoteCore
+from expertmesh.deployments.ingress.deadline import Deadlines
+from expertmesh.deployments.ingress.mended_errors import mend_error_handling
+from expertmesh.deployments.ingress.openapi import describe
 from expertmesh.deployments.ingress.rendering import refuse_what_can_not_be_rendered
 from expertmesh.deployments.ingress.responses import HonestResponses
+from expertmesh.deployments.telemetry.ingress import OutcomeMiddleware
+from expertmesh.deployments.tracing.front import RequestFront
+from expertmesh.platform.access import INFER
 from expertmesh.platform.config import MeshConfig
 
 _NOT_OURS = ("/scale_elastic_ep", "/is_scaling_elastic_ep", "/inference/v1", "/load", "/metrics", "/v1/systemone")
 """vLLM's routes that speak of an engine in this process, where none is, or of what these models can't do."""
+_SWITCHED_OFF = ("/render", "/derender")
+"""Those that vLLM answers with 403 where its scale-out isn't asked for."""
 
 
 def front_arguments(config: MeshConfig, folder: Path) -> Namespace:
@@ -62,16 +72,36 @@ def front_config(arguments: Namespace) -> VllmConfig:
 
 
 async def openai_app(
-    config: MeshConfig, folder: Path, core: RemoteCore, healthy: Callable[[], Awaitable[bool]]
+    config: MeshConfig,
+    folder: Path,
+    core: RemoteCore,
+    healthy: Callable[[], Awaitable[bool]],
+    tracer: Tracer | None = None,
 ) -> FastAPI:
-    """The application, ready to serve."""
+    """The application, ready to serve. tracer: None traces no request."""
     arguments = front_arguments(config, folder)
-    client = MeshEngineClient(front_config(arguments), core, healthy, config.ingress.max_ongoing_requests)
+    ingress = config.ingress
+    client = MeshEngineClient(front_config(arguments), core, healthy, ingress.max_ongoing_requests, ingress.max_wait_s)
     app = build_app(arguments, ("generate",), client.model_config)
-    app.router.routes[:] = [r for r in app.router.routes if not getattr(r, "path", "").startswith(_NOT_OURS)]
+    app.router.routes[:] = [route for route in app.router.routes if _is_ours(getattr(route, "path", ""))]
     await init_app_state(client, app.state, arguments, ("generate",))
     refuse_what_can_not_be_rendered(app.state.online_renderer)
+    mend_error_handling(app)
     app.middleware_stack = None  # vLLM's instrumentation has built it already; these go around that
     app.add_middleware(HonestResponses)
-    add_walls(app, config.ingress)
+    app.add_middleware(Deadlines)
+    add_walls(app, ingress)
+    app.add_middleware(OutcomeMiddleware, metrics=core.metrics)  # around the walls: what they refuse is an outcome
+    app.add_middleware(
+        RequestFront,
+        tracer=tracer,
+        model=config.model.name,
+        is_traced=lambda path: scope_for(path) == INFER,
+        routes=lambda: frozenset(getattr(route, "path", "") for route in app.routes),
+    )
+    describe(app)
     return app
+
+
+def _is_ours(path: str) -> bool:
+    return not path.startswith(_NOT_OURS) and not path.endswith(_SWITCHED_OFF)

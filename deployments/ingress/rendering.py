@@ -14,6 +14,8 @@ from typing import Any
 from vllm.exceptions import VLLMValidationError
 from vllm.renderers.online_renderer import OnlineRenderer
 
+from expertmesh.platform.logs import wordless
+
 log = logging.getLogger("expertmesh.ingress")
 
 _TRIPS = (AssertionError, AttributeError, LookupError, RecursionError)
@@ -34,7 +36,7 @@ def _refusing(render: Render) -> Render:
         try:
             return await render(*arguments, **options)
         except _TRIPS as error:
-            log.info("a request can't be rendered", exc_info=True)
+            log.info("a request can't be rendered", exc_info=wordless(error))
             raise VLLMValidationError(
                 "a message is not understood: is one of its fields missing, or of another type?"
             ) from error

@@ -9,12 +9,15 @@ that did not ask for a stream would get it.
 from __future__ import annotations
 
 import json
+import math
 from http import HTTPStatus
 from typing import Any
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from expertmesh.deployments.ingress.deadline import current_call
 
 _RETRY_AFTER_S = {HTTPStatus.TOO_MANY_REQUESTS: "1", HTTPStatus.SERVICE_UNAVAILABLE: "2"}
 _ERROR_EVENT = b'data: {"error":'
@@ -77,4 +80,7 @@ def _error_in(event: bytes) -> dict[str, Any] | None:
 def _say_when(start: Message) -> None:
     headers = MutableHeaders(raw=start["headers"])
     if (seconds := _RETRY_AFTER_S.get(start["status"])) is not None:
+        call = current_call.get()
+        if call is not None and call.retry_after_s is not None:
+            seconds = str(math.ceil(call.retry_after_s))
         headers.setdefault("retry-after", seconds)

@@ -16,6 +16,7 @@ import pytest
 from expertmesh.platform.config import load_config
 from tests.access.test_keys import make, write
 from tests.access.test_walls import served
+from tests.support.calls import calls_of
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # Ray uses pydantic in a way that pydantic gives up
@@ -36,10 +37,6 @@ class Replica:
 
     def __init__(self) -> None:
         self.requests: list[EngineCoreRequest] = []
-
-    def options(self, **options: Any) -> Replica:
-        """As a handle's."""
-        return self
 
     def remote(self, request: EngineCoreRequest) -> Stream:
         """As a handle's."""
@@ -68,9 +65,6 @@ class Stream:
             raise StopAsyncIteration
         return self._left.pop()
 
-    def cancel(self) -> None:
-        """Nothing runs."""
-
 
 @pytest.fixture(scope="module")
 def front(family: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Replica]]:
@@ -83,7 +77,7 @@ def front(family: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactor
     async def healthy() -> bool:
         return True
 
-    core = TenantCore(replica, Patience(20, 20), Engines(True, stateful_processors=False))  # type: ignore[arg-type]
+    core = TenantCore(calls_of(replica.remote), Patience(20, 20), Engines(True, stateful_processors=False))
     with served(asyncio.run(openai_app(config, folder, core, healthy))) as url:
         yield url, replica
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import multiprocessing
 import os
 import signal
 from collections.abc import Sequence
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.bare import engine_environment
+from tests.support.engine_stream import stream_of
 
 INACTIVITY_S = 6.0
 CHUNK_TOKENS = 64
@@ -60,14 +62,14 @@ class EngineHost:
     def hang(self, prompt: Sequence[int]) -> tuple[str, str]:
         """Stops the engine's processes under a request: what `check` says while that waits, and once it has left.
 
-        The engine is killed then.
+        The engine is killed then, and gone when this returns.
         """
         return self._runner.run(self._hang(prompt))
 
     async def _hang(self, prompt: Sequence[int]) -> tuple[str, str]:
         for pid in self._engine.pids:
             os.kill(pid, signal.SIGSTOP)
-        stream = self._engine.generate(self._request(prompt, {"max_tokens": 5}))
+        stream = stream_of(self._engine, self._request(prompt, {"max_tokens": 5}))
         assert await anext(stream) == []
         waiting = asyncio.ensure_future(anext(stream))
         while not (said := self._complaint()):
@@ -76,7 +78,10 @@ class EngineHost:
         waiting.cancel()
         await asyncio.gather(waiting, return_exceptions=True)
         said_later = self._complaint()
+        engine = [child for child in multiprocessing.active_children() if child.pid in self._engine.pids]
         self._engine.kill()
+        for process in engine:
+            await asyncio.to_thread(process.join)  # a signal is sent at once; a process with gigabytes takes its time
         return said, said_later
 
     def _complaint(self) -> str:
@@ -97,7 +102,7 @@ class EngineHost:
         return self._runner.run(self._load_while_it_answers(prompt))
 
     async def _load_while_it_answers(self, prompt: Sequence[int]) -> dict[str, float]:
-        stream = self._engine.generate(self._request(prompt, {"max_tokens": 20, "ignore_eos": True}))
+        stream = stream_of(self._engine, self._request(prompt, {"max_tokens": 20, "ignore_eos": True}))
         tokens = 0
         load: dict[str, float] = {}
         async for outputs in stream:
@@ -115,7 +120,7 @@ class EngineHost:
 
         request = continued(self._request(prompt, params), known, Way(way))
         unseen = Unseen(known if way == Way.REGENERATE else ())
-        new = [output async for outputs in self._engine.generate(request) for output in unseen.of(outputs)]
+        new = [output async for outputs in stream_of(self._engine, request) for output in unseen.of(outputs)]
         logprobs = [float(o.new_logprobs.logprobs[0][0]) for o in new if o.new_logprobs is not None]
         tokens = [token for output in new for token in output.new_token_ids]
         return Said(tuple(tokens), tuple(logprobs), str(new[-1].finish_reason), new[-1].stop_reason)

@@ -10,12 +10,17 @@ import asyncio
 import os
 import tempfile
 from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from expertmesh.deployments.runtime import mesh_secret, node_id
+from expertmesh.deployments.source import Source
+from expertmesh.deployments.tokens.outbox import Outboxes
 from expertmesh.errors import Unavailable
+from expertmesh.platform.config import MeshConfig
 from expertmesh.routing.vllm_plugin import UNAVAILABLE
 
 PROMPT = [40, 77, 301]
@@ -45,17 +50,19 @@ class Director:
         self._always = Fate()
         self._go_on = asyncio.Event()
         self.attempts: list[tuple[int, int, int | None, int]] = []
+        self.asked: set[str] = set()
         self.cancelled = 0
 
     async def stage(self, fates: list[Fate], always: Fate) -> None:
         """The fates of the next attempts, in turn, and that of all after them. Forgets what was."""
         self._fates, self._always = deque(fates), always
-        self.attempts, self.cancelled = [], 0
+        self.attempts, self.asked, self.cancelled = [], set(), 0
         self._go_on.clear()
 
-    async def fate(self, attempt: tuple[int, int, int | None, int]) -> Fate:
-        """Of an attempt: prompt tokens, tokens to force, max_tokens, min_tokens."""
+    async def fate(self, replica: str, attempt: tuple[int, int, int | None, int]) -> Fate:
+        """Of an attempt at a replica: prompt tokens, tokens to force, max_tokens, min_tokens."""
         self.attempts.append(attempt)
+        self.asked.add(replica)
         return self._fates.popleft() if self._fates else self._always
 
     async def release(self) -> None:
@@ -70,30 +77,47 @@ class Director:
         """An attempt was stopped by its caller."""
         self.cancelled += 1
 
-    async def seen(self) -> tuple[list[tuple[int, int, int | None, int]], int]:
-        """Attempts so far, and how many were cancelled."""
-        return self.attempts, self.cancelled
+    async def seen(self) -> tuple[list[tuple[int, int, int | None, int]], int, int]:
+        """Attempts so far, how many were cancelled, and how many replicas they were at."""
+        return self.attempts, self.cancelled, len(self.asked)
 
 
 class ScriptedReplica:
     """Says TEXT, token by token."""
 
-    def __init__(self, director: Any, script: list[int], eos: int) -> None:
+    def __init__(self, director: Any, config: MeshConfig, script: list[int], eos: int) -> None:
+        from ray import serve
         from vllm.v1.engine import EngineCoreOutput, FinishReason
         from vllm.v1.engine.exceptions import EngineDeadError
 
+        self._id = serve.get_replica_context().replica_id.unique_id
         self._director = director
         self._script = [*script, eos]
         self._output, self._reasons, self._dead = EngineCoreOutput, FinishReason, EngineDeadError
+        self._outboxes = Outboxes(node_id(), mesh_secret(config), config.routing.connect_timeout_s)
 
-    async def generate(self, request: Any) -> AsyncIterator[list[Any]]:
+    async def generate(self, request: Any, inbox: Source) -> None:
         """As AttentionReplica.generate."""
+        fate = await self._fate_of(request)
+        outbox = await self._outboxes.to(inbox)
+        async with aclosing(self._said(request, fate)) as said:
+            async for outputs in said:
+                outbox.put(request.request_id, outputs)
+                while outbox.pending:  # what is said before a replica is killed is heard
+                    await asyncio.sleep(0)
+        outbox.end(request.request_id)
+
+    async def _fate_of(self, request: Any) -> Fate:
         params = request.sampling_params
         forced = params.trace_decode_token_ids or []
         attempt = (len(request.prompt_token_ids), len(forced), params.max_tokens, params.min_tokens)
-        fate = await self._director.fate.remote(attempt)
+        fate: Fate = await self._director.fate.remote(self._id, attempt)
         if fate.ends == "refuses":
             raise Unavailable("this replica has no engine any more")
+        return fate
+
+    async def _said(self, request: Any, fate: Fate) -> AsyncGenerator[list[Any]]:
+        params = request.sampling_params
         first = len(request.prompt_token_ids) - len(PROMPT)
         count = min(len(self._script) - first, params.max_tokens)
         given = 0
@@ -145,7 +169,14 @@ class Controller:
 class IngressHost:
     """Ray, Serve and the application; to be run by a benchmarks.bare.Worker. Answers when it serves."""
 
-    def __init__(self, folder: Path, port: int, ingress: dict[str, Any], attention: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        port: int,
+        ingress: dict[str, Any],
+        attention: dict[str, Any],
+        telemetry: dict[str, Any],
+    ) -> None:
         import ray
         from ray import serve
         from ray.serve.config import HTTPOptions
@@ -160,6 +191,7 @@ class IngressHost:
                 "experts": {"mode": "colocated"},
                 "ingress": {"port": port, **ingress},
                 "attention": attention,
+                "telemetry": telemetry,
             }
         )
         tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -181,7 +213,7 @@ class IngressHost:
             max_ongoing_requests=100,
             health_check_period_s=1,
             graceful_shutdown_timeout_s=DRAIN_S,
-        )(ScriptedReplica).bind(self._director, script, tokenizer.eos_token_id)
+        )(ScriptedReplica).bind(self._director, config, script, tokenizer.eos_token_id)
         controller = serve.deployment(name="controller")(Controller).bind()
         ingress = serve.deployment(name="ingress", max_ongoing_requests=100)(Ingress)
         serve.run(ingress.bind(config, attention, controller), name=_APP, external_scaler_enabled=True)
@@ -207,12 +239,19 @@ class IngressHost:
 
         ray.get(self._director.release.remote())
 
-    def seen(self) -> tuple[list[tuple[int, int, int | None, int]], int]:
+    def seen(self) -> tuple[list[tuple[int, int, int | None, int]], int, int]:
         """See Director."""
         import ray
 
-        seen: tuple[list[tuple[int, int, int | None, int]], int] = ray.get(self._director.seen.remote())
+        seen: tuple[list[tuple[int, int, int | None, int]], int, int] = ray.get(self._director.seen.remote())
         return seen
+
+    def logs(self) -> str:
+        """What the ingress logged so far, on standard error and in Serve's file."""
+        folder = Path(self._folder.name)
+        files = (*folder.glob("session_*/logs/worker-*.err"), *folder.glob("session_*/logs/serve/replica_*ingress*"))
+        once = {file.resolve() for file in files}  # Ray links the latest session
+        return "".join(file.read_text(errors="replace") for file in once)
 
     def close(self) -> None:
         """Ends Ray."""

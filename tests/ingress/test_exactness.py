@@ -113,5 +113,4 @@ def test_an_engine_that_hangs_is_noticed_and_can_be_killed(engine: Worker) -> No
     while_it_waits, once_it_left = engine.ask("hang", PROMPT)
     assert "gave no output for 6 s" in while_it_waits
     assert once_it_left == while_it_waits
-    for process in processes:
-        assert not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
+    assert not any(process.is_running() for process in processes)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +15,16 @@ import pytest
 
 from benchmarks.bare import Worker
 from benchmarks.timing import free_port
-from tests.ingress.scripted import PROMPT, TEXT, Fate, IngressHost
+from tests.ingress.scripted import PROMPT, REPLICAS, TEXT, Fate, IngressHost
+from tests.support.otlp import Collector, collector
 
 pytestmark = pytest.mark.mesh
 
 MAX_REQUESTS = 3
 REPLICA_TIMEOUT_S, INACTIVITY_S = 8.0, 4.0
+TELEMETRY = {"log_level": "debug", "log_format": "json", "traces_sample": 0.0}
+"""Traced is what a test asks to be."""
+TRACE, PARENT = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
 MID_EMOJI = 6
 """Tokens of TEXT that end inside its first emoji."""
 
@@ -28,8 +32,9 @@ MID_EMOJI = 6
 class Mesh:
     """The application, from outside and from behind the scenes."""
 
-    def __init__(self, worker: Worker, port: int) -> None:
+    def __init__(self, worker: Worker, port: int, traces: Collector) -> None:
         self._worker = worker
+        self.traces = traces
         self.url = f"http://127.0.0.1:{port}"
         self.http = httpx.Client(base_url=self.url, timeout=120)
 
@@ -55,10 +60,26 @@ class Mesh:
         """Attempts that were stopped from outside."""
         return int(self._worker.ask("seen")[1])
 
+    @property
+    def asked(self) -> int:
+        """Replicas that were asked."""
+        return int(self._worker.ask("seen")[2])
+
     def ask(self, **change: Any) -> httpx.Response:
         """A completion of PROMPT."""
         body = {"model": "qwen3_moe", "prompt": PROMPT, "max_tokens": 200, "temperature": 0, **change}
         return self.http.post("/v1/completions", json=body)
+
+    def ask_traced(self, **headers: str) -> httpx.Response:
+        """The same as part of TRACE."""
+        body = {"model": "qwen3_moe", "prompt": PROMPT, "max_tokens": 200, "temperature": 0}
+        return self.http.post(
+            "/v1/completions", json=body, headers={"traceparent": f"00-{TRACE}-{PARENT}-01", **headers}
+        )
+
+    def logs(self) -> str:
+        """Of the ingress."""
+        return str(self._worker.ask("logs"))
 
     def stream(self, **change: Any) -> tuple[str, tuple[int, int], list[str]]:
         """Text, usage and reasons to finish of a streamed completion."""
@@ -76,8 +97,14 @@ class Mesh:
 def mesh(family: Callable[[str], Path]) -> Iterator[Mesh]:
     port = free_port()
     ingress = {"max_ongoing_requests": MAX_REQUESTS, "replica_timeout_s": REPLICA_TIMEOUT_S}
-    with Worker(IngressHost, family("qwen3_moe"), port, ingress, {"inactivity_timeout_s": INACTIVITY_S}) as worker:
-        mesh = Mesh(worker, port)
+    attention = {"inactivity_timeout_s": INACTIVITY_S}
+    with (
+        collector() as traces,
+        Worker(
+            IngressHost, family("qwen3_moe"), port, ingress, attention, {**TELEMETRY, "traces_endpoint": traces.url}
+        ) as worker,
+    ):
+        mesh = Mesh(worker, port, traces)
         mesh.stage()
         with mesh.http:
             assert eventually(lambda: mesh.ask(max_tokens=1).status_code == 200)
@@ -250,13 +277,103 @@ def test_a_client_that_leaves_ends_the_attempt_that_runs(mesh: Mesh) -> None:
     assert len(mesh.attempts) == 2
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_request_ends_when_its_time_is_up(mesh: Mesh, stream: bool) -> None:
+    mesh.stage(Fate("silent", 2), Fate("waits", 3))
+    body = {"model": "qwen3_moe", "prompt": PROMPT, "max_tokens": 200, "temperature": 0, "stream": stream}
+    body["return_token_ids"] = True
+    answer = mesh.http.post("/v1/completions", json=body, headers={"X-Request-Timeout": "1.5"})
+    if stream:  # tokens were sent: the error is an event
+        events = [line.removeprefix("data: ") for line in answer.text.splitlines() if line]
+        assert json.loads(events[-2])["error"]["code"] == 504
+        choices = [json.loads(event)["choices"][0] for event in events[:-2]]
+        assert sum(len(choice["token_ids"]) for choice in choices) == 5
+        assert TEXT.startswith("".join(choice["text"] for choice in choices))
+    else:
+        assert answer.status_code == 504
+        assert "time that the client gave is up" in error_of(answer)["message"]
+    assert eventually(lambda: mesh.cancelled == 1), mesh.attempts
+    mesh.release()
+    mesh.stage()
+    assert mesh.http.post("/v1/completions", json=body, headers={"X-Request-Timeout": "60"}).status_code == 200
+
+
+def test_a_request_whose_time_is_up_before_it_begins_reaches_no_replica(mesh: Mesh) -> None:
+    mesh.stage()
+    body = {"model": "qwen3_moe", "prompt": PROMPT, "max_tokens": 5}
+    answer = mesh.http.post("/v1/completions", json=body, headers={"X-Request-Timeout": "0.000001"})
+    assert answer.status_code == 504
+    assert "time was up" in error_of(answer)["message"]
+    assert mesh.attempts == []
+
+
+def test_a_lost_replica_is_seen_in_traces_and_logs(mesh: Mesh) -> None:
+    mesh.stage(Fate("refuses"), Fate("silent", 4), Fate("refuses"), Fate("refuses"))
+    answer = mesh.ask_traced(**{"X-Request-Id": "lost-and-found"})
+    assert (answer.status_code, answer.json()["choices"][0]["text"]) == (200, TEXT)
+    assert answer.headers.get_list("x-request-id") == ["lost-and-found"]
+    mesh.traces.wait(lambda: len(mesh.traces.of(TRACE)) == 5)
+    (server,) = mesh.traces.of(TRACE, "POST /v1/completions")
+    assert server.parent_id == PARENT
+    first, second = mesh.traces.of(TRACE, "attention")
+    assert (first.failed, second.failed, second.links) == (True, False, [first.span_id])
+    assert [
+        (route.attributes["expertmesh.route.refusals"], route.failed) for route in mesh.traces.of(TRACE, "route")
+    ] == [
+        (1, False),
+        (2, False),
+    ]
+    assert mesh.traces.of(TRACE, "route")[1].start_ns >= first.end_ns
+    assert eventually(lambda: "lost its replica after 4" in mesh.logs(), 30)
+    once = {line for line in mesh.logs().splitlines() if line.startswith('{"time"')}  # a line may be in both places
+    lines = [json.loads(line) for line in once]
+    (lost,) = [line for line in lines if "lost its replica" in line["message"] and line.get("trace_id") == TRACE]
+    assert "after 4" in lost["message"]
+    assert (lost["request_id"], lost["trace_id"], lost["deployment"]) == ("lost-and-found", TRACE, "ingress")
+    assert (lost["level"], lost["logger"], lost["replica"] != "") == ("warning", "expertmesh.ingress", True)
+    mesh.traces.spans.clear()
+
+
+def test_a_client_that_leaves_and_a_request_without_a_replica_end_their_spans(mesh: Mesh) -> None:
+    mesh.traces.spans.clear()
+    mesh.stage(always=Fate("refuses"))
+    answer = mesh.ask_traced()
+    mesh.stage()
+    assert answer.status_code == 503
+    mesh.traces.wait(lambda: len(mesh.traces.of(TRACE)) == 2)
+    server, route = mesh.traces.of(TRACE)
+    assert (server.failed, server.attributes["error.type"]) == (True, "503")
+    assert (route.failed, route.attributes["error.type"]) == (True, "GracefulHTTPError")
+    mesh.traces.spans.clear()
+    mesh.stage(Fate("waits", 3))
+    body = {"model": "qwen3_moe", "prompt": PROMPT, "max_tokens": 200, "temperature": 0, "stream": True}
+    headers = {"traceparent": f"00-{TRACE}-{PARENT}-01"}
+    with mesh.http.stream("POST", "/v1/completions", json=body, headers=headers) as stream:
+        next(stream.iter_lines())
+    mesh.traces.wait(lambda: len(mesh.traces.of(TRACE, "attention")) == 1)
+    (attention,) = mesh.traces.of(TRACE, "attention")
+    assert (attention.failed, attention.attributes["expertmesh.stopped"]) == (False, True)
+    mesh.release()
+    mesh.traces.wait(lambda: len(mesh.traces.of(TRACE)) == 3)
+    mesh.traces.spans.clear()
+
+
 def test_what_a_replica_that_stops_could_not_finish_goes_on_elsewhere(mesh: Mesh) -> None:
-    mesh.stage(always=Fate("waits", MID_EMOJI))
     with ThreadPoolExecutor(MAX_REQUESTS) as pool:
-        waiting = [pool.submit(mesh.stream) for _ in range(MAX_REQUESTS)]
-        assert eventually(lambda: len(mesh.attempts) == MAX_REQUESTS)
+
+        def waiting() -> list[Future[tuple[str, tuple[int, int], list[str]]]]:
+            mesh.stage(always=Fate("waits", MID_EMOJI))
+            streams = [pool.submit(mesh.stream) for _ in range(MAX_REQUESTS)]
+            assert eventually(lambda: len(mesh.attempts) == MAX_REQUESTS)
+            return streams
+
+        streams = waiting()
+        while mesh.asked < REPLICAS:  # Serve's router goes by what it knew of queues up to 10 s ago
+            mesh.release()
+            wait(streams)
+            streams = waiting()
         mesh.scale(1)
         assert eventually(lambda: len(mesh.attempts) > MAX_REQUESTS)
         mesh.release()
-        assert {answer.result()[0] for answer in waiting} == {TEXT}
+        assert {stream.result()[0] for stream in streams} == {TEXT}
     assert {attempt[0] for attempt in mesh.attempts} == {len(PROMPT), len(PROMPT) + MID_EMOJI}
