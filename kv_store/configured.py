@@ -6,7 +6,7 @@ import hmac
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from expertmesh.errors import ConfigError
+from expertmesh.errors import ConfigError, Unavailable
 from expertmesh.kv_store.settings import Endpoint, IamLogin, StoreSettings
 from expertmesh.kv_store.store import StoreLimits
 from expertmesh.kv_store.tier.settings import TierSettings, engine_arguments
@@ -38,7 +38,7 @@ def block_secret(secret: bytes) -> str:
 def server_of(config: MeshConfig, secret: bytes) -> StoreSettings:
     """The store that the config names. `secret`: the cluster's.
 
-    Raises ConfigError if there is none, its embedded server isn't running, or a file can't be read.
+    Raises ConfigError if there is none or a file can't be read, Unavailable if its embedded server isn't running.
     """
     store = config.kv_store
     if store.url == "off":
@@ -46,7 +46,7 @@ def server_of(config: MeshConfig, secret: bytes) -> StoreSettings:
     if store.url == "embedded":
         socket = embedded_link(config).resolve() / "socket"
         if not socket.exists():
-            raise ConfigError(
+            raise Unavailable(
                 f"kv_store.url: no embedded KV store runs for a mesh on port {config.ingress.port} of this machine; "
                 "`expertmesh serve` starts it with a mesh on one machine, others need the URL of a server"
             )

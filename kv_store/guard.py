@@ -6,8 +6,8 @@ and on standard input one line of JSON: {"binary", "folder", "config", "link"}
 
 The server ends, and its folder and the link to that go, as soon as the owner closes our standard input or is gone,
 `kill -9` included (a pidfd tells, even if a child of the owner holds the pipe open). If we are killed ourselves the
-kernel ends the server (PR_SET_PDEATHSIG). A server that ends by itself is started again, empty, unless it had only
-just begun.
+kernel ends the server (PR_SET_PDEATHSIG). A server that ends by itself is started again, empty, unless it never
+was one: the first that ends as soon as it has begun ends us too.
 """
 
 from __future__ import annotations
@@ -25,7 +25,9 @@ from pathlib import Path
 
 _PR_SET_PDEATHSIG = 1
 _LEAST_LIFE_S = 1.0
-"""A server that ends sooner would end again."""
+"""A first server that ends sooner would end again."""
+_PAUSE_MS = 500
+"""Before a server is started again."""
 
 
 def _die_with_parent() -> None:
@@ -54,20 +56,25 @@ def main() -> int:
     orders = open(0, "rb", buffering=0)  # noqa: SIM115 (for as long as we live; poll must see all that is left)
     task = json.loads(orders.readline())
     folder = Path(task["folder"])
+    watched = select.poll()
+    for descriptor in (owner, orders.fileno()):
+        watched.register(descriptor, select.POLLIN | select.POLLHUP)
+    begin = time.monotonic()
+    server = _start(task, folder)
     while True:
-        begin = time.monotonic()
-        server = _start(task, folder)
         ended = os.pidfd_open(server.pid)
-        poll = select.poll()
-        for descriptor in (owner, orders.fileno(), ended):
-            poll.register(descriptor, select.POLLIN | select.POLLHUP)
-        poll.poll()
+        watched.register(ended, select.POLLIN)
+        watched.poll()
+        watched.unregister(ended)
         os.close(ended)
         status = server.poll()
         if status is None:
             break
         if time.monotonic() - begin < _LEAST_LIFE_S:
             return status
+        if watched.poll(_PAUSE_MS):
+            break
+        server = _start(task, folder)
     server.kill()
     server.wait()
     shutil.rmtree(folder, ignore_errors=True)

@@ -27,6 +27,8 @@ _GIVEN_UP = 2.0
 
 Block = tuple[bytes, memoryview]
 """A block's hash and its memory: one dimension, format B."""
+Heard = Callable[[list[bytes], list[bytes]], None]
+"""Gets hashes of blocks that the servers have, and of those that they lack; in any thread."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +64,11 @@ class BlockStore:
     to the caller again when `load` returns, and for `store` when `done` was called. Does not close the client.
     """
 
-    def __init__(self, client: StoreClient, keyspace: Keyspace, limits: StoreLimits | None = None) -> None:
+    def __init__(
+        self, client: StoreClient, keyspace: Keyspace, limits: StoreLimits | None = None, heard: Heard | None = None
+    ) -> None:
+        """heard: is told what the servers answer; nothing where they don't."""
+        self._heard = heard
         self._client = client
         self._keyspace = keyspace
         self._limits = limits or StoreLimits()
@@ -84,6 +90,7 @@ class BlockStore:
         replies = self._client.exists([keys.key(block) for block in hashes], self._limits.lookup_timeout_s)
         found = [reply == 1 for reply in replies]
         self._count(looked_up=len(found), found=sum(found))
+        self._hear(hashes, found, replies)
         self._count_errors(replies)
         return found
 
@@ -91,8 +98,7 @@ class BlockStore:
         """Whether to fetch a prefix of that many tokens: not if computing it would be quicker."""
         with self._lock:
             answer = self._gate.worthwhile(tokens, time.monotonic())
-        if not answer:
-            self._count(gated=1)
+        self._count(**{"admitted" if answer else "gated": 1})
         return answer
 
     def computed(self, tokens: int, seconds: float) -> None:
@@ -139,6 +145,7 @@ class BlockStore:
                 len(memory) for ok, (_, memory) in zip(sound, blocks, strict=True) if ok
             )
         self._count(load_missing=sum(reply is None for reply in replies))
+        self._hear([block for block, _ in blocks], sound, replies)
         self._count_errors(replies)
         return sound
 
@@ -155,7 +162,8 @@ class BlockStore:
     def counts(self) -> dict[str, int]:
         """What happened so far, in blocks: looked_up, found; load_sound, load_missing, load_truncated, load_foreign,
         load_corrupt; stored, present (before they were written), dropped; skipped, timed_out, refused, broken (by the
-        servers' trouble); and gated (requests), loaded_bytes, stored_bytes. What never happened is left out."""
+        servers' trouble); and admitted and gated (prefixes, by the gate), loaded_bytes, stored_bytes. What never
+        happened is left out."""
         with self._lock:
             return {name: count for name, count in sorted(self._counts.items()) if count}
 
@@ -219,7 +227,17 @@ class BlockStore:
             stored = [i for i in some if written[i]]
             self._count(stored=len(stored), stored_bytes=sum(len(job.blocks[i][1]) for i in stored))
             self._count_errors(replies)
+        self._hear([block for block, _ in job.blocks], written)
         return written
+
+    def _hear(self, hashes: Sequence[bytes], there: Sequence[bool], replies: Sequence[Reply] | None = None) -> None:
+        """Of each hash: whether the block is there, and the reply to a question for it, which is None if it lacks."""
+        if self._heard is None:
+            return
+        has = [block for block, ok in zip(hashes, there, strict=True) if ok]
+        lacks = [] if replies is None else [b for b, reply in zip(hashes, replies, strict=True) if reply is None]
+        if has or lacks:
+            self._heard(has, lacks)
 
     def _count(self, **changes: int) -> None:
         with self._lock:

@@ -18,6 +18,7 @@ from vllm.v1.kv_offload.base import (
     Locality,
     LookupResult,
     Medium,
+    OffloadingEvent,
     OffloadingSpec,
     OffloadKey,
     ReqContext,
@@ -117,7 +118,10 @@ class KVStoreTier(SecondaryTierManager):
         }
         identity = identity_of(offloading_spec, f"{settings.weights} {model}", self._block_size_bytes)
         self._client = StoreClient(settings.server)
-        self._store = BlockStore(self._client, Keyspace(identity, settings.secret.encode()), settings.limits)
+        self._events: queue.SimpleQueue[OffloadingEvent] = queue.SimpleQueue()
+        keyspace = Keyspace(identity, settings.secret.encode())
+        heard = self._tell if offloading_spec.kv_events_config.enable_kv_cache_events else None
+        self._store = BlockStore(self._client, keyspace, settings.limits, heard)
         self._memory = primary_kv_view.cast("B")
         self._loaders = ThreadPoolExecutor(_LOAD_THREADS, "kv-store-load")
         self._lookups = _Lookups(tier_type, self._find)
@@ -190,6 +194,11 @@ class KVStoreTier(SecondaryTierManager):
             results.append(result)
         return results
 
+    def take_events(self) -> Iterable[OffloadingEvent]:
+        """What was seen in the store since the last call: vLLM publishes it as KV events of the medium STORAGE."""
+        for _ in range(self._events.qsize()):
+            yield self._events.get()
+
     def drain_jobs(self) -> None:
         """Waits until no job is under way, at most the timeouts of loads and writes."""
         with self._jobs_changed:
@@ -204,6 +213,12 @@ class KVStoreTier(SecondaryTierManager):
             self._reporter.close()
         self._client.close()
         self._memory.release()
+
+    def _tell(self, there: list[bytes], gone: list[bytes]) -> None:
+        for hashes, removed in ((there, False), (gone, True)):
+            if hashes:
+                keys = [OffloadKey(block) for block in hashes]
+                self._events.put(OffloadingEvent(keys, Medium.STORAGE, removed, self.locality))
 
     def _find(self, keys: Sequence[OffloadKey], context: ReqContext) -> list[bool]:
         found = self._store.lookup(keys, _tenant(context))

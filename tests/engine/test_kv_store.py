@@ -67,7 +67,9 @@ def connected(server: Server) -> redis.Redis:
     return redis.Redis(port=int(server.config["port"]), password=PASSWORD, protocol=2)
 
 
-@pytest.mark.parametrize(("name", "blocks"), [("qwen3_moe", 5), ("gpt_oss", 6), ("mixtral", 1)])
+@pytest.mark.parametrize(
+    ("name", "blocks"), [("qwen3_moe", 5), ("gpt_oss", 6), pytest.param("mixtral", 1, marks=pytest.mark.long)]
+)
 def test_a_later_engine_says_the_same_from_blocks_that_the_first_one_wrote(
     family: Callable[[str], Path], engines: Engines, server: Server, name: str, blocks: int
 ) -> None:

@@ -17,7 +17,7 @@ from expertmesh.routing.vllm_plugin.loader import REPORT_NAME
 pytestmark = pytest.mark.engine
 
 
-@pytest.mark.parametrize("name", ["gpt_oss", "deepseek_v3"])
+@pytest.mark.parametrize("name", [pytest.param("gpt_oss", marks=pytest.mark.long), "deepseek_v3"])
 def test_the_mesh_says_what_one_engine_says(family: Callable[[str], Path], tmp_path: Path, name: str) -> None:
     result = moe_family(name, family(name), tmp_path)
     for run in result["meshes"].values():

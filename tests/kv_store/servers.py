@@ -21,6 +21,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
 from expertmesh.kv_store.embedded import server_binary
+from tests.support.debian import unpacked
 
 PATIENCE_S = 30.0
 _DEBIAN_PACKAGES = ("redis-tools", "libjemalloc2", "liblzf1")
@@ -137,30 +138,14 @@ def redis_with_tls(cache: Path) -> tuple[Path, Path | None] | str:
     for name in ("redis-server", "valkey-server"):
         if (installed := shutil.which(name)) is not None:
             return Path(installed), None
-    if shutil.which("apt-get") is None or shutil.which("dpkg-deb") is None:
-        return "no redis-server is installed, and this is not Debian"
     root = cache / "debian-redis"
-    if not root.exists():
-        partial = cache / f"debian-redis.{os.getpid()}"
-        partial.mkdir(parents=True)
-        try:
-            fetch = ["apt-get", "-qq", "download", *_DEBIAN_PACKAGES]
-            done = subprocess.run(fetch, cwd=partial, capture_output=True, text=True)
-            if done.returncode:  # a machine whose lists of packages are old or were never read
-                subprocess.run(["apt-get", "-qq", "update"], capture_output=True)
-                done = subprocess.run(fetch, cwd=partial, capture_output=True, text=True)
-            if done.returncode:
-                return f"no redis-server is installed, and Debian's can't be had: {done.stderr.strip()[-200:]}"
-            for package in partial.glob("*.deb"):
-                subprocess.run(["dpkg-deb", "-x", package, partial], check=True, capture_output=True)
-                package.unlink()
-            (partial / "usr" / "bin" / "redis-server").symlink_to("redis-check-rdb")  # one program of several names
-            if not root.exists():
-                partial.rename(root)
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
+    if (why := unpacked(_DEBIAN_PACKAGES, root)) is not None:
+        return f"no redis-server is installed, and {why}"
+    server = root / "usr" / "bin" / "redis-server"
+    if not server.is_symlink():
+        server.symlink_to("redis-check-rdb")  # one program of several names
     library = next(root.glob("usr/lib/*/libjemalloc.so*"))
-    return root / "usr" / "bin" / "redis-server", library.parent
+    return server, library.parent
 
 
 def write_certificates(folder: Path) -> Path:

@@ -27,10 +27,10 @@ def new_store(settings: StoreSettings, keyspace: Keyspace) -> Iterator[NewStore]
     """Makes stores on the server, each with a client of its own as in another process."""
     with ExitStack() as stack:
 
-        def made(keys: Keyspace = keyspace, limits: StoreLimits = PATIENT) -> BlockStore:
+        def made(keys: Keyspace = keyspace, limits: StoreLimits = PATIENT, **more: Any) -> BlockStore:
             client = StoreClient(settings)
             stack.callback(client.close)
-            store = BlockStore(client, keys, limits)
+            store = BlockStore(client, keys, limits, **more)
             stack.callback(store.close)
             return store
 
@@ -73,6 +73,25 @@ def test_a_second_store_finds_what_the_first_one_wrote(new_store: NewStore) -> N
         "load_missing": 1,
         "loaded_bytes": 20 * BYTES,
     }
+
+
+def test_what_the_server_has_and_has_not_is_told(new_store: NewStore, settings: StoreSettings, server: Server) -> None:
+    heard: list[tuple[list[bytes], list[bytes]]] = []
+    store = new_store(heard=lambda there, gone: heard.append((there, gone)))
+    blocks = blocks_of(2)
+    names = list(blocks)
+    stored(store, blocks)
+    store.lookup([*names, b"other"], "")
+    loaded(store, names)
+    assert heard == [(names, []), (names, [b"other"]), (names, [])]
+    heard.clear()
+    on(settings, "FLUSHALL")
+    loaded(store, names)
+    assert heard == [([], names)]
+    heard.clear()
+    server.kill()
+    assert store.lookup(names, "") == [False, False]
+    assert heard == [], "no answer is none"
 
 
 def test_what_is_there_is_not_written_again(new_store: NewStore) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from expertmesh.errors import ConfigError
+from expertmesh.errors import ConfigError, Unavailable
 from expertmesh.kv_store import EmbeddedServer, Endpoint, IamLogin, StoreClient, StoreLimits, StoreSettings
 from expertmesh.kv_store.configured import check_store, embedded_link, embedded_password, limits_of, server_of
 from expertmesh.kv_store.tier import TierSettings, engine_arguments
@@ -108,7 +108,7 @@ def test_what_is_not_there_is_told(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"kv_store\.url is off"):
         server_of(load_config({}), SECRET)
     embedded = load_config({"model": {"cache_dir": str(tmp_path)}, "kv_store": {"url": "embedded"}})
-    with pytest.raises(ConfigError, match="no embedded KV store runs for a mesh on port 8000"):
+    with pytest.raises(Unavailable, match="no embedded KV store runs for a mesh on port 8000"):
         server_of(embedded, SECRET)
     for name, content in (("missing", None), ("empty", ""), ("long", "x" * 5000)):
         if content is not None:
