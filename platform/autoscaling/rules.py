@@ -89,25 +89,34 @@ class ShardAims:
     """What re-placement is expected to reach."""
 
 
+def attention_parts(replicas: Sequence[AttentionSignals], aims: AttentionAims) -> dict[str, float]:
+    """The load of the attention deployment by each of its signals: what their mean gives. 0.0 without replicas."""
+    return {
+        "running": _mean([r.running for r in replicas]) / aims.running,
+        "waiting": _mean([r.waiting for r in replicas]) / aims.waiting,
+        "kv_use": _mean([r.kv_use for r in replicas]) / aims.kv_use,
+        "ttft": _mean([r.ttft_s for r in replicas]) / aims.ttft_s,
+    }
+
+
 def attention_load(replicas: Sequence[AttentionSignals], aims: AttentionAims) -> float:
     """The load of the attention deployment: the highest of what its replicas' means give. 0.0 without replicas."""
-    parts = [
-        _mean([r.running for r in replicas]) / aims.running,
-        _mean([r.waiting for r in replicas]) / aims.waiting,
-        _mean([r.kv_use for r in replicas]) / aims.kv_use,
-        _mean([r.ttft_s for r in replicas]) / aims.ttft_s,
-    ]
-    return max(parts)
+    return max(attention_parts(replicas, aims).values())
 
 
-def experts_load(shards: Sequence[ShardSignals], balancedness: float, aims: ShardAims) -> float:
-    """The load of the expert deployment. 0.0 without shards.
+def experts_parts(shards: Sequence[ShardSignals], balancedness: float, aims: ShardAims) -> dict[str, float]:
+    """The load of the expert deployment by each of its signals. 0.0 without shards.
 
     The busiest shard sets the pace: its time is the mean over balancedness. Where balancedness is below what is aimed
     at, that is for re-placement to cure and no reason for more shards.
     """
     busy = _mean([shard.busy for shard in shards]) / max(balancedness, aims.balancedness)
-    return max(busy / aims.busy, _mean([shard.queueing for shard in shards]) / aims.queueing)
+    return {"busy": busy / aims.busy, "queueing": _mean([shard.queueing for shard in shards]) / aims.queueing}
+
+
+def experts_load(shards: Sequence[ShardSignals], balancedness: float, aims: ShardAims) -> float:
+    """The load of the expert deployment: the highest of its parts."""
+    return max(experts_parts(shards, balancedness, aims).values())
 
 
 def decided(load: float, replicas: int, ready: int, now: float, memory: Memory, bounds: Bounds) -> tuple[int, Memory]:

@@ -8,13 +8,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from expertmesh.errors import ExpertMeshError, Unavailable
+from expertmesh.errors import ConfigError, ExpertMeshError, Unavailable
+from expertmesh.platform.cli.shared import FAILED
 
 if TYPE_CHECKING:  # OpenAI's package takes a second to import, which the other commands need not wait for
     from expertmesh.platform.client import Client
 
-UNREACHABLE = 1
-"""Exit code."""
 _TIMEOUT_S = 10.0
 """Twice what the ingress waits for its controller."""
 
@@ -29,12 +28,16 @@ def connected(url: str | None, timeout_s: float = _TIMEOUT_S) -> Iterator[Client
     """A client of the mesh; a mesh that can't be reached ends the command with one line and exit code 1."""
     from expertmesh.platform.client import Client
 
-    with Client(base_url=url, timeout=timeout_s, max_retries=0) as client:
+    try:
+        client = Client(base_url=url, timeout=timeout_s, max_retries=0)
+    except ConfigError as error:
+        raise ConfigError(str(error).replace("base_url:", "--url:", 1)) from None
+    with client:
         try:
             yield client
         except Unavailable as error:
             typer.echo(f"error: {in_one_line(error)}", err=True)
-            raise typer.Exit(UNREACHABLE) from None
+            raise typer.Exit(FAILED) from None
 
 
 def in_one_line(error: ExpertMeshError) -> str:

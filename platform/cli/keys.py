@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,21 +12,29 @@ from pydantic import ValidationError
 from expertmesh.errors import ConfigError
 from expertmesh.platform.access import INFER, Key, KeyRing, new_token
 from expertmesh.platform.access.file import change_keys, read_keys
+from expertmesh.platform.cli.shared import Json, examples, print_json
 
 keys_app = typer.Typer(name="keys", help="Make, list and revoke API keys.", no_args_is_help=True)
 
 KEYS_FILE_ENV = "EXPERTMESH_KEYS_FILE"
 _OPTIONS: dict[int | str, str] = {"scopes": "scope"}
 """Of fields that are called otherwise."""
+_NAMES = "letters, digits and . _ @ -, a letter or digit first, at most 64"
+_ALLOWED = {"name": _NAMES, "tenant": _NAMES}
+"""Of fields whose pattern says it less plainly."""
 
 File = Annotated[
     Path,
     typer.Option("--file", envvar=KEYS_FILE_ENV, help="The key file, as in ingress.keys_file.", show_default=False),
 ]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
-@keys_app.command()
+@keys_app.command(
+    epilog=examples(
+        "expertmesh keys create team-a --file keys.json --requests-per-minute 600",
+        "expertmesh keys create ops --file keys.json --scope infer --scope admin",
+    )
+)
 def create(
     name: Annotated[str, typer.Argument(help="What to call it: letters, digits and . _ @ -")],
     file: File,
@@ -49,10 +56,7 @@ def create(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Make a key, add it to the file (which is made if it isn't there), and print it. It can't be shown again.
-
-    Example: expertmesh keys create team-a --file keys.json --requests-per-minute 600
-    """
+    """Make a key, add it to the file (which is made if it isn't there), and print it. It can't be shown again."""
     made = new_token()
     key = _key(
         id=made.id,
@@ -65,31 +69,27 @@ def create(
         concurrent_requests=concurrent_requests,
     )
     change_keys(file, lambda keys: keys.with_key(key), create=True)
-    typer.echo(json.dumps({"key": made.token, **_shown(key)}, indent=2) if as_json else made.token)
+    print_json({"key": made.token, **_shown(key)}) if as_json else typer.echo(made.token)
 
 
-@keys_app.command("list")
+@keys_app.command("list", epilog=examples("expertmesh keys list --file keys.json"))
 def list_keys(file: File, as_json: Json = False) -> None:
-    """List the keys in the file, without what is secret about them.
-
-    Example: expertmesh keys list --file keys.json
-    """
+    """List the keys in the file, without what is secret about them."""
     keys = read_keys(file)
     if as_json:
-        typer.echo(json.dumps([_shown(key) for key in keys], indent=2))
+        print_json([_shown(key) for key in keys])
         return
     for line in _lines(keys):
         typer.echo(line)
 
 
-@keys_app.command()
-def revoke(name: Annotated[str, typer.Argument(help="Name or id of the key.")], file: File) -> None:
-    """Remove a key from the file. Ingress replicas refuse it from the next request on; what runs is finished.
-
-    Example: expertmesh keys revoke team-a --file keys.json
-    """
+@keys_app.command(epilog=examples("expertmesh keys revoke team-a --file keys.json"))
+def revoke(
+    name: Annotated[str, typer.Argument(help="Name or id of the key.")], file: File, as_json: Json = False
+) -> None:
+    """Remove a key from the file. Ingress replicas refuse it from the next request on; what runs is finished."""
     change_keys(file, lambda keys: keys.without(name))
-    typer.echo(f"revoked {name}")
+    print_json({"revoked": name}) if as_json else typer.echo(f"revoked {name}")
 
 
 def _key(**fields: Any) -> Key:
@@ -97,7 +97,11 @@ def _key(**fields: Any) -> Key:
         return Key(**fields)
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
-        raise ConfigError(f"{_OPTIONS.get(first['loc'][0], first['loc'][0])}: {first['msg']}") from None
+        field = first["loc"][0]
+        allowed = _ALLOWED.get(str(field))
+        raise ConfigError(
+            f"{_OPTIONS.get(field, field)}: {f'allowed: {allowed}' if allowed else first['msg']}"
+        ) from None
 
 
 def _shown(key: Key) -> dict[str, Any]:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+from expertmesh.platform.cli.shared import NOT_WELL, Changes, Json, examples, print_json
 
 if TYPE_CHECKING:
     from expertmesh.kv_store import StoreSettings
@@ -14,63 +15,48 @@ if TYPE_CHECKING:
 
 kv_app = typer.Typer(name="kv", help="Look into the store of KV blocks that a config names.", no_args_is_help=True)
 
-DAMAGED = 3
-"""Exit code."""
-
 Source = Annotated[
     str | None,
     typer.Argument(help="YAML config, checkpoint folder or demo, as for `serve`; by default the demo's."),
 ]
-Changes = Annotated[
-    list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="Change a config field, as for `serve`; may be repeated."),
-]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
-@kv_app.command()
+@kv_app.command(epilog=examples("expertmesh kv stats mesh.yaml", "expertmesh kv stats --set kv_store.url=embedded"))
 def stats(source: Source = None, changes: Changes = None, as_json: Json = False) -> None:
     """Show each server's memory, blocks by what wrote them, evictions and expiries.
 
     Takes time in proportion to the number of blocks.
-
-    Example: expertmesh kv stats --set kv_store.url=embedded
     """
     from expertmesh.kv_store import admin
 
     found = admin.stats(_store(source, changes))
     if as_json:
-        typer.echo(json.dumps([asdict(server) for server in found], indent=2))
+        print_json([asdict(server) for server in found])
         return
     for server in found:
         for line in _page(server):
             typer.echo(line)
 
 
-@kv_app.command()
+@kv_app.command(epilog=examples("expertmesh kv flush mesh.yaml"))
 def flush(source: Source = None, changes: Changes = None, as_json: Json = False) -> None:
-    """Remove all blocks, of every model and tenant, and nothing else of the server. A running mesh goes on.
-
-    Example: expertmesh kv flush mesh.yaml
-    """
+    """Remove all blocks, of every model and tenant, and nothing else of the server. A running mesh goes on."""
     from expertmesh.kv_store import admin
 
     removed = admin.flush(_store(source, changes))
-    typer.echo(json.dumps({"removed": removed}) if as_json else f"{removed} blocks removed")
+    print_json({"removed": removed}) if as_json else typer.echo(f"{removed} blocks removed")
 
 
-@kv_app.command()
+@kv_app.command(epilog=examples("expertmesh kv verify mesh.yaml", "expertmesh kv verify mesh.yaml --json"))
 def verify(source: Source = None, changes: Changes = None, as_json: Json = False) -> None:
-    """Read every block and check that it is what was written. The exit code is 3 if one isn't.
-
-    Example: expertmesh kv verify mesh.yaml --json
-    """
+    """Read every block and check that it is what was written. The exit code is 3 if one isn't."""
     from expertmesh.kv_store import admin
 
     counts = {verdict.value: count for verdict, count in admin.verify(_store(source, changes)).items()}
-    typer.echo(json.dumps(counts) if as_json else ", ".join(f"{count} {name}" for name, count in counts.items()))
+    words = ", ".join(f"{count} {name}" for name, count in counts.items())
+    print_json(counts) if as_json else typer.echo(words)
     if any(count for name, count in counts.items() if name != "sound"):
-        raise typer.Exit(DAMAGED)
+        raise typer.Exit(NOT_WELL)
 
 
 def _store(source: str | None, changes: list[str] | None) -> StoreSettings:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from expertmesh.platform.cli.connected import Url, connected
+from expertmesh.platform.cli.shared import examples, print_json
 
 if TYPE_CHECKING:
     from expertmesh.platform.client import Placement, Plan
@@ -23,57 +23,49 @@ _SHOWN_ENDED = 10
 Json = Annotated[bool, typer.Option("--json", help="Print the mesh's JSON.")]
 
 
-@placement_app.command()
+@placement_app.command(epilog=examples("expertmesh placement show", "expertmesh placement show --json"))
 def show(url: Url = None, as_json: Json = False) -> None:
-    """Show which experts each shard holds in each layer, and the moves on their way.
-
-    Example: expertmesh placement show
-    """
+    """Show which experts each shard holds in each layer, and the moves on their way."""
     with connected(url) as client:
         if as_json:
-            typer.echo(json.dumps(client.mesh.raw("placement"), indent=2))
+            print_json(client.mesh.raw("placement"))
             return
         for line in _page(client.mesh.placement()):
             typer.echo(line)
 
 
-@placement_app.command()
+@placement_app.command(epilog=examples("expertmesh placement plan"))
 def plan(url: Url = None, as_json: Json = False) -> None:
-    """Show the moves that would pay now, without making them.
-
-    Example: expertmesh placement plan
-    """
+    """Show the moves that would pay now, without making them."""
     with connected(url, _PLAN_TIMEOUT_S) as client:
         _tell(client.mesh.plan(), as_json)
 
 
-@placement_app.command()
+@placement_app.command(epilog=examples("expertmesh placement apply", "expertmesh placement show"))
 def apply(url: Url = None, as_json: Json = False) -> None:
-    """Plan now and begin to move experts, also when frozen. Serving goes on meanwhile.
-
-    Example: expertmesh placement apply && expertmesh placement show
-    """
+    """Plan now and begin to move experts, also when frozen. Serving goes on meanwhile."""
     with connected(url, _PLAN_TIMEOUT_S) as client:
         _tell(client.mesh.apply(), as_json)
 
 
-@placement_app.command()
+@placement_app.command(epilog=examples("expertmesh placement freeze", "expertmesh placement freeze --off"))
 def freeze(
     url: Url = None,
     off: Annotated[bool, typer.Option("--off", help="Let experts be moved again.")] = False,
+    as_json: Json = False,
 ) -> None:
-    """Stop moving experts by itself; moves on their way are finished.
-
-    Example: expertmesh placement freeze --off
-    """
+    """Stop moving experts by itself; moves on their way are finished."""
     with connected(url) as client:
         client.mesh.freeze(not off)
+    if as_json:
+        print_json({"frozen": not off})
+        return
     typer.echo("experts are moved as traffic moves" if off else "experts stay where they are")
 
 
 def _tell(made: Plan, as_json: bool) -> None:
     if as_json:
-        typer.echo(made.model_dump_json(indent=2))
+        print_json(made.model_dump())
         return
     typer.echo(f"balancedness {made.balancedness:.3f}")
     for move in made.moves:

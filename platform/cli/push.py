@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import threading
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+from expertmesh.platform.cli.shared import Json, print_json
 
 console = Console(stderr=True)
 
@@ -19,12 +22,11 @@ def push(
     endpoint_url: Annotated[str | None, typer.Option(help="Address of an S3 service other than AWS's.")] = None,
     region: Annotated[str | None, typer.Option(help="Region; else that of the environment or profile.")] = None,
     requester_pays: Annotated[bool, typer.Option(help="Pay for requests to a bucket whose owner doesn't.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Upload a checkpoint to S3, in parts, with checksums, as Intelligent-Tiering objects.
 
     A broken checkpoint is refused first. Files that are there with the same size and checksum are left alone.
-
-    Example: expertmesh push ./qwen3-30b s3://my-bucket/qwen3-30b
     """
     from expertmesh.platform.checkpoints import check_checkpoint
     from expertmesh.platform.weights.push import push as upload
@@ -43,6 +45,9 @@ def push(
                 progress.update(task, completed=done, total=total)
 
         pushed = upload(folder, [file.path.name for file in checkpoint.files], location, settings, show)
+    if as_json:
+        print_json({"url": location.url(), **asdict(pushed)})
+        return
     typer.echo(
         f"{location.url()}: {len(pushed.uploaded)} files uploaded ({pushed.bytes_uploaded} bytes), "
         f"{len(pushed.skipped)} were there already"

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 import typer
 
 from expertmesh.platform.cli.connected import Url, connected
+from expertmesh.platform.cli.shared import Json, print_json
 
 _DEPLOYMENTS = ("attention", "experts")
 
@@ -20,16 +21,18 @@ def scale(
         ),
     ],
     url: Url = None,
+    as_json: Json = False,
 ) -> None:
     """Add or remove attention replicas and expert shards of a running mesh. Requests go on meanwhile.
 
     The command returns at once; `expertmesh status --watch` shows replicas coming and going.
-
-    Example: expertmesh scale attention=2 experts=4
     """
     wanted = _parsed(numbers)
     with connected(url) as client:
         result = client.mesh.scale(wanted.get("attention"), wanted.get("experts"))
+    if as_json:
+        print_json(result.model_dump())
+        return
     typer.echo(f"attention: {result.attention}")
     if result.experts is not None:
         typer.echo(f"experts: {result.experts}")

@@ -15,6 +15,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
+from expertmesh.platform.cli.shared import Changes, Json
 from expertmesh.platform.config import MeshConfig, load_config, parse_changes
 
 if TYPE_CHECKING:
@@ -25,9 +26,6 @@ console = Console(stderr=True)
 DEMO_PROMPT = "What is the capital of France, and what is it known for?"
 
 Source = Annotated[str, typer.Argument(help="A YAML config, a checkpoint folder, or `demo`.", show_default=False)]
-Changes = Annotated[
-    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a config field; may be repeated.")
-]
 
 
 def effective_config(source: str | None, changes: list[str] | None) -> MeshConfig:
@@ -72,10 +70,7 @@ def running_mesh(config: MeshConfig, stop: Callable[[], None] = lambda: None) ->
 
 
 def serve(source: Source = "demo", changes: Changes = None) -> None:
-    """Serve a model until Ctrl-C, on $RAY_ADDRESS or on a private Ray on this machine.
-
-    Example: expertmesh serve demo --set experts.shards=3
-    """
+    """Serve a model until Ctrl-C, on $RAY_ADDRESS or on a private Ray on this machine."""
     stopped = _stop_on_signals()
     config = effective_config(source, changes)
 
@@ -86,6 +81,8 @@ def serve(source: Source = "demo", changes: Changes = None) -> None:
     try:
         with running_mesh(config, stop) as mesh:
             console.print(f"[bold green]ready[/]: {config.model.name} at {mesh.url}/v1   (Ctrl-C stops it)")
+            if config.telemetry.metrics and mesh.metrics_url is not None:
+                console.print(f"metrics at {mesh.metrics_url}")
             stopped.wait()
     except KeyboardInterrupt:
         pass
@@ -94,11 +91,9 @@ def serve(source: Source = "demo", changes: Changes = None) -> None:
 def demo(
     prompt: Annotated[str, typer.Option(help="What to ask.")] = DEMO_PROMPT,
     changes: Changes = None,
+    as_json: Json = False,
 ) -> None:
-    """Serve the demo model, ask it one question through the mesh, show the answer and who computed it, and stop.
-
-    Example: expertmesh demo --prompt "Why is the sky blue?"
-    """
+    """Serve the demo model, ask it one question through the mesh, show the answer and who computed it, and stop."""
     from expertmesh.platform.cli.demo import ask_and_show
 
     stopped = _stop_on_signals()
@@ -109,7 +104,7 @@ def demo(
             raise KeyboardInterrupt
 
     with running_mesh(config, stop) as mesh:
-        ask_and_show(mesh.url, config.model.name, prompt)
+        ask_and_show(mesh.url, config.model.name, prompt, as_json)
 
 
 def _stop_on_signals() -> threading.Event:

@@ -17,12 +17,10 @@ from rich.text import Text
 
 from expertmesh.errors import ExpertMeshError
 from expertmesh.platform.cli.connected import Url, connected, in_one_line
+from expertmesh.platform.cli.shared import NOT_WELL
 
 if TYPE_CHECKING:  # OpenAI's package takes a second to import, which the other commands need not wait for
     from expertmesh.platform.client import Client, ExpertShard, MeshStatus
-
-NOT_OK = 3
-"""Exit code; 0 if the mesh's health is ok."""
 
 _PERIOD_S = 2.0
 _PIPE_WIDTH = 160
@@ -41,12 +39,10 @@ def status(
     The exit code is 0 if its health is ok, 3 if it isn't, and 1 if it can't be reached.
 
     A mesh that wants a key gets $EXPERTMESH_API_KEY, or what the file $EXPERTMESH_API_KEY_FILE holds.
-
-    Example: expertmesh status --url http://10.0.0.7:8000 --watch
     """
     with connected(url) as client:
         view = _watch(client, as_json) if watch else _show(client, as_json)
-    raise typer.Exit(0 if view.ok else NOT_OK)
+    raise typer.Exit(0 if view.ok else NOT_WELL)
 
 
 @dataclass(frozen=True, slots=True)

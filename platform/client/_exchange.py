@@ -59,7 +59,8 @@ def _refusal(root: str, url: str, error: APIStatusError) -> ExpertMeshError:
         return ExpertMeshError(f"{root} refuses the API key (HTTP {status}); give another as api_key or in {KEY_ENV}")
     message = f"{url} answered HTTP {status}{_detail(error.body)}"
     if status in _PASSING:
-        return Unavailable(message, *_retry_after(error.response.headers.get("retry-after")))
+        asked = retry_after_s(error.response.headers.get("retry-after"))
+        return Unavailable(message) if asked is None else Unavailable(message, asked)
     return ExpertMeshError(message)
 
 
@@ -72,13 +73,13 @@ def _detail(body: object) -> str:
     return ""
 
 
-def _retry_after(header: str | None) -> tuple[float, ...]:
-    """The header's seconds; nothing (the error's own default) if there are none."""
+def retry_after_s(header: str | None) -> float | None:
+    """The seconds of a `Retry-After`; None if there are none."""
     try:
         seconds = float(header or "")
     except ValueError:  # absent, or a date, which only proxies of another kind send
-        return ()
-    return (seconds,) if math.isfinite(seconds) and seconds >= 0 else ()
+        return None
+    return seconds if math.isfinite(seconds) and seconds >= 0 else None
 
 
 def _mismatch(error: ValidationError) -> str:

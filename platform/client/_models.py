@@ -48,6 +48,27 @@ class ReplicaLoad(_Answer):
     """Mean time to first token of late; None if there was none."""
 
 
+class Served(_Answer):
+    """What an attention replica's engine has served since it started; times as it sees them."""
+
+    requests: int = 0
+    """That got their first token."""
+    prompt_tokens: int = 0
+    """Of these."""
+    cached_tokens: int = 0
+    """Prompt tokens that were in the engine's own KV cache."""
+    fetched_tokens: int = 0
+    """Prompt tokens whose KV came from the store."""
+    tokens: int = 0
+    """Generated."""
+    ttft_s: float = 0.0
+    """Times to first token, added up over `requests`."""
+    intervals: int = 0
+    """Tokens after the first."""
+    itl_s: float = 0.0
+    """Times between tokens, added up over `intervals`."""
+
+
 class AttentionReplica(_Answer):
     """An attention replica, as of its last report."""
 
@@ -62,6 +83,7 @@ class AttentionReplica(_Answer):
     seen_s: float
     """Seconds since that report."""
     load: ReplicaLoad = ReplicaLoad()
+    served: Served = Served()
     dispatch: DispatchCounts = DispatchCounts()
     loaded: LoadedBytes | None = None
     """None while it loads, and where the experts are in the engines (mode `colocated`)."""
@@ -211,3 +233,110 @@ class Plan(_Answer):
     """What each move does and what it gains, in words; empty if nothing would pay."""
     balancedness: float
     """As it is, before the moves."""
+
+
+class Heat(_Answer):
+    """`GET /mesh/heat`: what each expert has to do now."""
+
+    layers: list[int]
+    """The model's number of each layer with routed experts."""
+    experts: int
+    """Logical experts of one layer."""
+    rows_a_second: list[list[float]]
+    """[position in `layers`][expert]: (token, expert) pairs dispatched a second; what was 6 s ago counts half."""
+
+    def hottest(self, count: int) -> list[tuple[int, int, float]]:
+        """(layer, expert, rows a second), the most loaded first; only those with any load."""
+        loads = (
+            (layer, expert, rows)
+            for layer, row in zip(self.layers, self.rows_a_second, strict=True)
+            for expert, rows in enumerate(row)
+            if rows > 0
+        )
+        return sorted(loads, key=lambda load: (-load[2], load[:2]))[:count]
+
+
+class HistorySample(_Answer):
+    """The mesh over one interval; a mean is None where there was nothing to take it of."""
+
+    at: float
+    """Its end, seconds since 1970."""
+    attention: int
+    """Replicas that were ready."""
+    shards: int
+    """That served."""
+    running: int
+    """Requests in the engines."""
+    waiting: int
+    """Of these, waiting."""
+    requests_s: float
+    """First tokens a second."""
+    tokens_s: float
+    """Generated tokens a second."""
+    prompt_tokens_s: float
+    kv_hits: float | None = None
+    """Part of the prompt tokens that were not computed: cached by the engine, or fetched from the KV store."""
+    kv_fetched: float | None = None
+    """The part that was fetched."""
+    kv_use: float = 0.0
+    """Part of the KV cache in use, mean over the replicas."""
+    ttft_s: float | None = None
+    """Mean time to first token, as the engines see it."""
+    itl_s: float | None = None
+    """Mean time between two tokens of a request, as the engines see it."""
+    rows_s: float = 0.0
+    """(token, expert) pairs that the shards computed, a second."""
+    busy: float = 0.0
+    """Part of the time that the shards' kernels ran, mean over the shards."""
+    balancedness: float | None = None
+    """Mean shard load over the greatest, mean over the layers, as measured."""
+
+
+class ShardRate(_Answer):
+    """What a shard does now."""
+
+    busy: float = 0.0
+    """Part of the time that its kernel runs."""
+    rows_s: float = 0.0
+    """(token, expert) pairs a second."""
+
+
+class ReplicaRate(_Answer):
+    """What an attention replica does now."""
+
+    tokens_s: float = 0.0
+    """Generated tokens a second."""
+    kv_hits: float | None = None
+    """As in HistorySample."""
+    itl_s: float | None = None
+
+
+class History(_Answer):
+    """`GET /mesh/history`: the last 10 minutes, of this controller's time in office."""
+
+    interval_s: float
+    """Between two samples."""
+    samples: list[HistorySample]
+    """The oldest first."""
+    shards: Mapping[str, ShardRate] = {}
+    """By shard id."""
+    attention: Mapping[str, ReplicaRate] = {}
+    """By replica id."""
+
+
+class MeshEvent(_Answer):
+    """One event of `GET /mesh/events`."""
+
+    id: int
+    """Only grows, over restarts of the controller too."""
+    at: float
+    """Seconds since 1970."""
+    kind: str
+    """`office` (a controller took office), `shard_joined`, `shard_serving`, `shard_lost`, `shard_leaving`,
+    `shard_gone`, `replica_joined`, `replica_ready`, `replica_lost`, `epoch`, `experts_missing`, `experts_whole`,
+    `takeover`, `moves_begun`, `moves_done`, `moves_failed`, `traffic_shifted`, `scale`, `freeze`; later versions may
+    have more."""
+    text: str
+    """A short sentence for people."""
+    about: Mapping[str, int | str] = {}
+    """Ids and numbers concerned, like `shard`, `index`, `node`, `replica`, `epoch`, `experts`, `moves`."""

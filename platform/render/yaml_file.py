@@ -16,7 +16,8 @@ def read_mapping(path: Path, keys: str = "") -> Mapping[str, Any]:
     try:
         data = yaml_text.parse(path.read_text(encoding="utf-8"), str(path))
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: can't be read: {error}") from None
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise ConfigError(f"{path}: can't be read: {reason}") from None
     if not isinstance(data, Mapping):
         wanted = f"a mapping with {keys}" if keys else "a mapping"
         raise ConfigError(f"{path}: the top level is {kind_of(data)}; allowed: {wanted}")
