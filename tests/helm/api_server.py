@@ -56,6 +56,7 @@ RESOURCES = (
     Resource("networking.k8s.io", "v1", "ingresses", "Ingress"),
     Resource("monitoring.coreos.com", "v1", "podmonitors", "PodMonitor"),
     Resource("monitoring.coreos.com", "v1", "servicemonitors", "ServiceMonitor"),
+    Resource("monitoring.coreos.com", "v1", "prometheusrules", "PrometheusRule"),
     Resource("ray.io", "v1", "rayservices", "RayService"),
     Resource("karpenter.sh", "v1", "nodepools", "NodePool", namespaced=False),
     Resource("karpenter.k8s.aws", "v1", "ec2nodeclasses", "EC2NodeClass", namespaced=False),

@@ -16,9 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from benchmarks.timing import free_port
 from expertmesh.platform.config import MeshConfig
+from expertmesh.platform.metrics import CATALOGUE
 from tests.helm.chart import CHART, NAME, NAMESPACE, RELEASE, Helm, Object, Refused
 
 SELECTOR = {"app.kubernetes.io/name": "expertmesh", "app.kubernetes.io/instance": RELEASE}
@@ -33,6 +35,7 @@ FSX: dict[str, Any] = {"enabled": True, "fileSystemId": "fs-1", "dnsName": "fs-1
 MONITORING: dict[str, Any] = {
     "podMonitor": {"enabled": True, "labels": {"release": "p"}},
     "serviceMonitor": {"enabled": True, "interval": "30s"},
+    "prometheusRule": {"enabled": True, "labels": {"release": "p"}},
     "dashboards": {"enabled": True, "annotations": {"grafana_folder": "mesh"}},
 }
 
@@ -155,6 +158,20 @@ class TestApiKeysAndKvStore:
             assert secret["secretName"] == "keys"
             paths = {mount["name"]: mount["mountPath"] for mount in pod["containers"][0]["volumeMounts"]}
             assert paths["api-keys"] == "/etc/expertmesh/api-keys"
+
+    def test_certificates_are_mounted_where_the_mesh_looks(self, helm: Helm) -> None:
+        assert "tls" not in helm.template().mesh["routing"]
+        objects = helm.template({"tls": {"existingSecret": "certs"}})
+        folder = "/etc/expertmesh/tls"
+        files = {"cert_file": f"{folder}/tls.crt", "key_file": f"{folder}/tls.key", "ca_file": f"{folder}/ca.crt"}
+        assert objects.mesh["routing"]["tls"] == files
+        for pod in objects.pods():
+            [secret] = [volume["secret"] for volume in pod["volumes"] if volume["name"] == "tls"]
+            assert secret == {"secretName": "certs", "defaultMode": 0o440}, "the key is closed to others"
+            [mount] = [each for each in pod["containers"][0]["volumeMounts"] if each["name"] == "tls"]
+            assert mount == {"name": "tls", "mountPath": folder, "readOnly": True}, (
+                "no subPath: it would stay as it was"
+            )
 
     def test_the_charts_valkey_as_the_store(self, helm: Helm) -> None:
         objects = helm.template(STORE)
@@ -315,6 +332,11 @@ class TestMonitoring:
         assert service["spec"]["selector"].items() <= head["metadata"]["labels"].items()
         assert names <= {port["name"] for port in head["spec"]["containers"][0]["ports"]}
 
+    def test_rules_are_the_file(self, helm: Helm) -> None:
+        rule = helm.template({"monitoring": MONITORING}).one("PrometheusRule")
+        assert rule["metadata"]["labels"]["release"] == "p"
+        assert rule["spec"] == yaml.safe_load((CHART / "rules" / "expertmesh.yaml").read_text())
+
     def test_dashboards_are_the_files(self, helm: Helm) -> None:
         config_map = helm.template({"monitoring": MONITORING}).one("ConfigMap")
         assert config_map["metadata"]["labels"]["grafana_dashboard"] == "1"
@@ -322,23 +344,24 @@ class TestMonitoring:
         assert {name: json.loads(text) for name, text in config_map["data"].items()} == files
 
     @pytest.mark.parametrize("path", sorted((CHART / "dashboards").glob("*.json")), ids=lambda path: path.stem)
-    def test_dashboards_ask_only_for_what_ray_exports(self, path: Path) -> None:
-        """Every series of a dashboard is one that Ray's own dashboards show."""
+    def test_dashboards_ask_only_for_what_is_exported(self, path: Path) -> None:
+        """Every series of a dashboard is one of ours or one that Ray's own dashboards show."""
         spec = find_spec("ray")
         assert spec is not None
         assert spec.submodule_search_locations is not None
         source = Path(spec.submodule_search_locations[0]) / "dashboard" / "modules" / "metrics" / "dashboards"
         known = set(re.findall(r"\b(?:ray|autoscaler)_\w+", " ".join(file.read_text() for file in source.glob("*.py"))))
+        ours = {name for chapter in CATALOGUE.values() for series in chapter for name in series.names}
         board = json.loads(path.read_text())
         expressions = [target["expr"] for panel in board["panels"] for target in panel["targets"]]
         asked = {name for text in expressions for name in re.findall(r"\b(?:ray|autoscaler)_\w+(?=\{)", text)}
         assert len(board["panels"]) >= 8
         assert asked
-        assert asked <= known
+        assert asked <= known | ours
 
     def test_off_by_default(self, helm: Helm) -> None:
         kinds = {each["kind"] for each in helm.template()}
-        assert not kinds & {"PodMonitor", "ServiceMonitor", "ConfigMap"}
+        assert not kinds & {"PodMonitor", "ServiceMonitor", "PrometheusRule", "ConfigMap"}
 
 
 class TestIngress:

@@ -6,6 +6,10 @@
 {{- if not (hasKey $routing "secret_file") -}}
 {{- $_ := set $routing "secret_file" (printf "/etc/expertmesh/secret/%s" .Values.clusterSecret.key) -}}
 {{- end -}}
+{{- if and .Values.tls.existingSecret (not (hasKey $routing "tls")) -}}
+{{- $folder := "/etc/expertmesh/tls" -}}
+{{- $_ := set $routing "tls" (dict "cert_file" (printf "%s/tls.crt" $folder) "key_file" (printf "%s/tls.key" $folder) "ca_file" (printf "%s/ca.crt" $folder)) -}}
+{{- end -}}
 {{- $_ := set $mesh "routing" $routing -}}
 {{- if .Values.apiKeys.existingSecret -}}
 {{- $ingress := default dict $mesh.ingress -}}

@@ -11,6 +11,12 @@
     secretName: {{ . }}
     defaultMode: 0440
 {{- end }}
+{{- with $values.tls.existingSecret }}
+- name: tls
+  secret:
+    secretName: {{ . }}
+    defaultMode: 0440
+{{- end }}
 {{- with include "expertmesh.kvStoreSecretName" .root }}
 - name: kv-store
   secret:
@@ -57,6 +63,11 @@
 {{- if $values.apiKeys.existingSecret }}
 - name: api-keys
   mountPath: /etc/expertmesh/api-keys
+  readOnly: true
+{{- end }}
+{{- if $values.tls.existingSecret }}
+- name: tls
+  mountPath: /etc/expertmesh/tls
   readOnly: true
 {{- end }}
 {{- if include "expertmesh.kvStoreSecretName" .root }}
