@@ -235,7 +235,7 @@ class BareMesh:
             str(secret_file),
             layout.layers,
             layout.num_experts,
-            {"node": _NODE, "revision": checkpoint_revision(checkpoint), **dispatch},
+            dispatch={"node": _NODE, "revision": checkpoint_revision(checkpoint), **dispatch},
         )
         self._epoch = 0
         self.targets: Sequence[Target] = ()

@@ -2,20 +2,28 @@
 
     python -m benchmarks.chaos [--minutes 10] [--quick] [--seed 0]
 
-The mesh of benchmarks.failover under the same constant traffic, and one fault after the other at random: kills and
-hangs of shards, attention replicas, controller and KV server, and changes of scale. The next comes when the mesh is
-whole again, or at once after it one time in four. At the end the mesh is left alone, and its open files, shared memory,
-sockets and resident memory are compared with those at the beginning. Last line: one JSON object.
+The mesh of benchmarks.failover under the same constant traffic, and one fault after the other in random order: kills
+and hangs of shards, attention replicas, controller and KV server, a link to the shards that is cut and joined again,
+and changes of scale. The next comes when the mesh is whole again, or at once after it one time in four. At the end the
+mesh is left alone, and its open files, shared memory, sockets and resident memory are compared with those at the
+beginning. Last line: one JSON object.
+
+For the cuts it runs in a network namespace of its own, which takes root; without that there are none.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+import os
 import random
+import subprocess
+import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -37,10 +45,17 @@ from benchmarks.failover import (
 )
 from benchmarks.traffic import Judge, Traffic, whole
 from expertmesh import Client
+from expertmesh.errors import ExpertMeshError
 
 AT_ONCE = 0.25
 """How often a fault follows before the last one is mended."""
 WARM_S, CALM_S = 15.0, 15.0
+CUT_S = (0.2, 3.0)
+"""How long a link is cut, at least and at most."""
+_APART = "EXPERTMESH_CHAOS_APART"
+_LINK = "10.213.9.1"
+"""Where the shards listen in that namespace. Without the address packets to it vanish, and nobody is told."""
+_ADDRESS = ("ip", "addr")
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,27 +104,59 @@ def until_whole(client: Client) -> bool:
     return True
 
 
-def run(folder: Path, seconds: float, seed: int, faults: list[str]) -> dict[str, Any]:
+def cut(turn: int) -> None:
+    """A fault: nothing passes between the attention replicas and any shard for a while."""
+    _link("del")
+    time.sleep(random.Random(turn).uniform(*CUT_S))
+    _link("add")
+
+
+def _link(action: str) -> None:
+    subprocess.run([*_ADDRESS, action, f"{_LINK}/32", "dev", "lo"], check=True)
+
+
+def scaled(client: Client, deployment: str, usual: int) -> Callable[[int], None]:
+    """A fault that is none: one replica more, and when it serves, the usual number again."""
+
+    def serving() -> int:
+        status = client.mesh.status()
+        members = status.attention if deployment == "attention" else status.shards
+        return sum(member.ready for member in members)
+
+    def fault(turn: int) -> None:
+        deadline = time.monotonic() + GIVE_UP_S
+        for number in (usual + 1, usual):
+            asked = False
+            while time.monotonic() < deadline:
+                with contextlib.suppress(ExpertMeshError):  # the controller is away
+                    asked = asked or client.mesh.scale(**{deployment: number}) is not None
+                    if asked and serving() == number:
+                        break
+                time.sleep(0.25)
+
+    return fault
+
+
+def run(folder: Path, seconds: float, seed: int) -> dict[str, Any]:
     """Faults at random for some seconds; see the module's text."""
-    rng = random.Random(seed)
-    done: Counter[str] = Counter()
-    with disturbed_mesh(folder) as (url, prompts, alone), Client(base_url=url, timeout=5, max_retries=0) as client:
+    cuts = _APART in os.environ
+    routing = {"transport": "tcp", "bind_host": _LINK} if cuts else {}
+    with (
+        disturbed_mesh(folder, routing=routing) as (url, prompts, alone),
+        Client(base_url=url, timeout=5, max_retries=0) as client,
+    ):
+        faults = {
+            **FAULTS,
+            "scale_attention": scaled(client, "attention", ATTENTION),
+            "scale_experts": scaled(client, "experts", SHARDS),
+            **({"cut": cut} if cuts else {}),
+        }
         judge = Judge(alone)
         traffic = Traffic(url, MODEL, prompts, judge, STREAMS)
         traffic.start()
         time.sleep(WARM_S)
         before = holdings()
-        end = time.monotonic() + seconds
-        stuck = 0
-        while time.monotonic() < end:
-            name = rng.choice(faults)
-            print(f"{end - time.monotonic():.0f} s left: {name}", flush=True)
-            FAULTS[name](rng.randrange(1 << 16))
-            done[name] += 1
-            time.sleep(rng.uniform(0.5, 2.0))
-            if rng.random() >= AT_ONCE:
-                stuck += not until_whole(client)
-        stuck += not until_whole(client)
+        done, stuck = disturb(client, faults, seconds, random.Random(seed))
         time.sleep(CALM_S)
         after = holdings()
         traffic.stop()
@@ -127,6 +174,25 @@ def run(folder: Path, seconds: float, seed: int, faults: list[str]) -> dict[str,
     }
 
 
+def disturb(
+    client: Client, faults: Mapping[str, Callable[[int], None]], seconds: float, rng: random.Random
+) -> tuple[Counter[str], int]:
+    """One fault after the other: how often each, and how often the mesh did not become whole again in time."""
+    done: Counter[str] = Counter()
+    stuck = 0
+    end = time.monotonic() + seconds
+    while (left := end - time.monotonic()) > 0:
+        rarest = min(done[name] for name in faults)
+        name = rng.choice([name for name in faults if done[name] == rarest])
+        print(f"{left:.0f} s left: {name}", flush=True)
+        faults[name](rng.randrange(1 << 16))
+        done[name] += 1
+        time.sleep(rng.uniform(0.5, 2.0))
+        if rng.random() >= AT_ONCE:
+            stuck += not until_whole(client)
+    return done, stuck + (not until_whole(client))
+
+
 def main() -> None:
     """Measures and prints the JSON line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -134,11 +200,24 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="three minutes")
     parser.add_argument("--seed", type=int, default=0, help="of the faults' order")
     options = parser.parse_args()
+    go_apart()
     engine_environment(1)
     with tempfile.TemporaryDirectory(prefix="chaos-") as scratch:
         folder = write_family("qwen3_moe", Path(scratch) / MODEL)
-        result = run(folder, 180 if options.quick else options.minutes * 60, options.seed, list(FAULTS))
+        result = run(folder, 180 if options.quick else options.minutes * 60, options.seed)
     print(json.dumps(result))
+
+
+def go_apart() -> None:
+    """Begins again in a network namespace of its own, if that can be made."""
+    if _APART in os.environ:
+        for command in (("ip", "link", "set", "lo", "up"), (*_ADDRESS, "add", f"{_LINK}/32", "dev", "lo")):
+            subprocess.run(command, check=True)
+        return
+    if subprocess.run(["unshare", "--net", "true"], check=False, capture_output=True).returncode == 0:
+        os.environ[_APART] = "1"
+        os.execvp("unshare", ["unshare", "--net", sys.executable, "-m", "benchmarks.chaos", *sys.argv[1:]])
+    print("no network namespace can be made here: no cuts", flush=True)
 
 
 if __name__ == "__main__":

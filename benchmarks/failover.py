@@ -79,12 +79,21 @@ def kv_servers() -> list[psutil.Process]:
     return found
 
 
+def victim(processes: Callable[[], list[psutil.Process]], turn: int) -> psutil.Process:
+    """One of the processes, another one each time; waits until there is one."""
+    deadline = time.monotonic() + GIVE_UP_S
+    while not (found := processes()):
+        if time.monotonic() > deadline:
+            raise RuntimeError("what was killed did not come back")
+        time.sleep(0.1)
+    return found[turn % len(found)]
+
+
 def kill(processes: Callable[[], list[psutil.Process]]) -> Callable[[int], None]:
     """A fault: SIGKILL of one of the processes, another one each time."""
 
     def fault(turn: int) -> None:
-        found = processes()
-        found[turn % len(found)].kill()
+        victim(processes, turn).kill()
 
     return fault
 
@@ -93,13 +102,12 @@ def hang(processes: Callable[[], list[psutil.Process]]) -> Callable[[int], None]
     """A fault: SIGSTOP of one of the processes; it goes on after a while if it is still there."""
 
     def fault(turn: int) -> None:
-        found = processes()
-        victim = found[turn % len(found)]
-        victim.suspend()
+        stopped = victim(processes, turn)
+        stopped.suspend()
 
         def go_on() -> None:
             with still_there():
-                os.kill(victim.pid, signal.SIGCONT)
+                os.kill(stopped.pid, signal.SIGCONT)
 
         timer = threading.Timer(HANG_S, go_on)
         timer.daemon = True
@@ -177,8 +185,10 @@ def milliseconds(seconds: list[float]) -> dict[str, float]:
 
 
 @contextmanager
-def disturbed_mesh(folder: Path, **experts: Any) -> Iterator[tuple[str, list[list[int]], list[Answer]]]:
-    """A whole mesh of a tiny model: its URL, prompts, and what it says to each alone."""
+def disturbed_mesh(
+    folder: Path, routing: dict[str, Any] | None = None
+) -> Iterator[tuple[str, list[list[int]], list[Answer]]]:
+    """A whole mesh of a tiny model: its URL, prompts, and what it says to each alone. routing: of its configuration."""
     from expertmesh.deployments.local import LocalMesh
     from expertmesh.platform.config import load_config
 
@@ -186,7 +196,8 @@ def disturbed_mesh(folder: Path, **experts: Any) -> Iterator[tuple[str, list[lis
         "model": {"source": str(folder), "served_name": MODEL, "dtype": "float32"},
         "ingress": {"port": free_port()},
         "attention": {"replicas": ATTENTION, "kv_cache_gib": 0.25},
-        "experts": {"shards": SHARDS, "redundancy": REDUNDANCY, **experts},
+        "experts": {"shards": SHARDS, "redundancy": REDUNDANCY},
+        "routing": routing or {},
         "kv_store": {"url": "embedded"},
     }
     prompts = prompts_for(vocabulary_of(folder), PROMPTS)

@@ -1,13 +1,15 @@
 """What does following the load give, when traffic heats a few experts and then others?
 
-    python -m benchmarks.hotspot [--quick]
+    python -m benchmarks.hotspot [--quick] [--pair-us 500]
 
 Two whole meshes run side by side (HTTP, Ray Serve, one attention replica, four shards, redundancy 1 and spare slots):
 one re-places experts, the other keeps its first placement; both have the same slots. Prompts of mix A, and then of
 mix B, are drawn from a few token ids each, which heats a few experts of every layer. The two are driven in turn: mix B
 before the re-placement, while it goes on, and after it. Balancedness is counted, not predicted: mean over the layers of
 (mean over shards / maximum) of the pairs that each shard computed. Every answer is compared with the one that the
-static mesh gave to the same prompt alone and unloaded; a token that differs must be a near tie there.
+static mesh gave to the same prompt alone and unloaded; a token that differs must be a near tie there. The shards share
+two cores, which an even load doesn't make quicker, so each takes `--pair-us` for a (token, expert) pair, as if it had
+a device of that speed (benchmarks.devices); 0 leaves that away.
 
 The slow shard: four shards as processes, redundancy 2, and two dispatchers on the same steps in turn, one with the
 cost model (`live_cost`) and one without (`least_loaded`); one shard waits after each batch for as long as it computed.
@@ -32,14 +34,15 @@ import numpy as np
 
 from benchmarks.bare import ShardHost, Worker, engine_environment
 from benchmarks.checkpoints import write_medium_moe
+from benchmarks.devices import Slowed, pace_shards
 from benchmarks.served import served_answers
 from benchmarks.timing import free_port
 from benchmarks.traffic import Judge
 
-SHARDS, SPARE_SLOTS = 4, 4
+SHARDS, SPARE_SLOTS = 4, 2
 LAYERS, EXPERTS, TOP_K, HIDDEN = 6, 32, 4, 768
 VOCABULARY = 2048
-MIX_TOKENS = 3
+MIX_TOKENS = 2
 """Token ids of which the prompts of a mix are made."""
 PROMPTS, PROMPT_TOKENS, TOKENS, STREAMS = 12, 48, 24, 6
 MODEL = "hot"
@@ -60,8 +63,10 @@ def mix(seed: int) -> list[list[int]]:
 class Served:
     """A whole mesh in a process; to be run by a Worker."""
 
-    def __init__(self, folder: Path, rebalance: bool) -> None:
+    def __init__(self, folder: Path, rebalance: bool, pair_us: float) -> None:
         engine_environment(1)
+        if pair_us:
+            pace_shards(pair_us)
         from expertmesh.deployments.local import LocalMesh
         from expertmesh.platform.config import load_config
 
@@ -69,7 +74,13 @@ class Served:
             "model": {"source": str(folder), "served_name": MODEL, "dtype": "float32"},
             "ingress": {"port": free_port()},
             "attention": {"kv_cache_gib": 0.5, "max_num_seqs": 16, "prefix_caching": False},
-            "experts": {"shards": SHARDS, "spare_slots": SPARE_SLOTS + (not rebalance)},  # one more stays empty there
+            "experts": {
+                "shards": SHARDS,
+                "spare_slots": SPARE_SLOTS + (not rebalance),  # one more stays empty there
+                # Ten processes that start on two cores starve each other: shards that are late would be taken for
+                # dead, and their experts loaded by the others, later still.
+                "heartbeat_timeout_s": 60,
+            },
             "routing": {"rebalance": {"enabled": rebalance, "interval_s": 2, "half_life_s": 8}},
         }
         self._mesh = LocalMesh(load_config(settings)).start()
@@ -155,9 +166,9 @@ def counted_balancedness(pairs: Sequence[Sequence[int]]) -> float:
     return float((counts.mean(axis=1) / np.maximum(counts.max(axis=1), 1)).mean())
 
 
-def served_part(folder: Path, window_s: float, rounds: int) -> dict[str, Any]:
+def served_part(folder: Path, pair_us: float, window_s: float, rounds: int) -> dict[str, Any]:
     """The two meshes; see the module's text."""
-    with Worker(Served, folder, False) as static, Worker(Served, folder, True) as ours:
+    with Worker(Served, folder, False, pair_us) as static, Worker(Served, folder, True, pair_us) as ours:
         judges = {seed: Judge(static.ask("answers", mix(seed))) for seed in (1, 2)}
 
         def driven(side: Worker, seed: int) -> dict[str, Any]:
@@ -237,19 +248,7 @@ class SlowableShards(ShardHost):
     def slow_down(self, factor: float) -> None:
         """From now on a batch takes so many times as long as it computes; the processor is free meanwhile."""
         for shard in self._shards:
-            shard.server._kernel = _Slowed(shard.bank, factor) if factor > 1 else shard.bank
-
-
-class _Slowed:
-    def __init__(self, kernel: Any, factor: float) -> None:
-        self._kernel = kernel
-        self._factor = factor
-
-    def compute(self, layer: int, body: Any) -> Any:
-        begin = time.perf_counter()
-        y = self._kernel.compute(layer, body)
-        time.sleep((self._factor - 1) * (time.perf_counter() - begin))
-        return y
+            shard.server._kernel = Slowed(shard.bank, factor) if factor > 1 else shard.bank
 
 
 def slow_part(folder: Path, steps: int) -> dict[str, Any]:
@@ -326,6 +325,7 @@ def main() -> None:
     """Measures and prints the JSON line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="shorter windows, two rounds instead of three")
+    parser.add_argument("--pair-us", type=float, default=500, help="a shard's time for a pair (default 500)")
     parser.add_argument("--part", choices=["served", "slow"], help="only one of the two parts")
     options = parser.parse_args()
     result: dict[str, Any] = {}
@@ -337,7 +337,7 @@ def main() -> None:
             result["slow_shard"] = slow_part(folder, QUICK_SLOW_STEPS if options.quick else SLOW_STEPS)
             print(f"slow shard: {result['slow_shard']}", flush=True)
         if options.part != "slow":
-            result = served_part(folder, *((8.0, 2) if options.quick else (15.0, 3))) | result
+            result = served_part(folder, options.pair_us, *((8.0, 2) if options.quick else (15.0, 3))) | result
     print(json.dumps(result))
 
 
