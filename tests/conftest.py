@@ -12,6 +12,7 @@ import pytest
 from benchmarks.timing import free_port
 from expertmesh.platform.checkpoints.source import model_folder
 from expertmesh.platform.config import load_config
+from tests.support.otlp import Collector, collector
 
 if TYPE_CHECKING:
     from expertmesh.deployments.local import LocalMesh
@@ -42,7 +43,14 @@ def demo_folder() -> Path:
 
 
 @pytest.fixture(scope="session")
-def demo_mesh(demo_folder: Path) -> Iterator[LocalMesh]:
+def traces() -> Iterator[Collector]:
+    """What collects the spans of `demo_mesh`."""
+    with collector() as traces:
+        yield traces
+
+
+@pytest.fixture(scope="session")
+def demo_mesh(demo_folder: Path, traces: Collector) -> Iterator[LocalMesh]:
     """The demo model on one attention replica and two shards, each expert on one of them."""
     from expertmesh.deployments.local import LocalMesh
 
@@ -50,9 +58,11 @@ def demo_mesh(demo_folder: Path) -> Iterator[LocalMesh]:
         "model": "demo",
         "ingress": {"port": free_port()},
         "attention": {"kv_cache_gib": 0.5, "inactivity_timeout_s": 300},
-        "experts": {"cpus": 0.1, "heartbeat_timeout_s": 30},
+        "experts": {"cpus": 0.1, "heartbeat_timeout_s": 60},
         # A replacement on two busy cores may take a minute. Experts move only where a test asks for it.
         "routing": {"unavailable_timeout_s": 240, "rebalance": {"interval_s": 100_000}},
+        # Traced are requests that a test gives a sampled `traceparent`.
+        "telemetry": {"traces_endpoint": traces.url, "traces_sample": 0.0, "dispatch_sample": 1.0},
     }
     with LocalMesh(load_config(settings)) as mesh:
         yield mesh

@@ -55,9 +55,10 @@ def test_arrows_run_one_way(package: str, forbidden: tuple[str, ...]) -> None:
         assert not wrong, f"{file.relative_to(ROOT)} imports {wrong}"
 
 
-def test_sdk_config_and_cli_import_neither_torch_nor_ray_nor_vllm() -> None:
+def test_sdk_config_cli_and_metrics_import_neither_torch_nor_ray_nor_vllm() -> None:
     code = (
         "import sys, expertmesh, expertmesh.platform.config, expertmesh.platform.cli; expertmesh.Client;"
+        "import expertmesh.platform.metrics.docs;"
         "print(sorted({'torch', 'ray', 'vllm'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -141,7 +141,9 @@ def undisturbed(mesh: Served) -> dict[str, dict[str, Any]]:
         return {kind: future.result() for kind, future in mesh.all_at_once(pool, Counter()).items()}
 
 
-@pytest.mark.parametrize("victim", ["ServeReplica:expertmesh:attention", "VLLM::EngineCore"])
+@pytest.mark.parametrize(
+    "victim", ["ServeReplica:expertmesh:attention", pytest.param("VLLM::EngineCore", marks=pytest.mark.long)]
+)
 def test_streams_outlive_their_replica(mesh: Served, undisturbed: dict[str, dict[str, Any]], victim: str) -> None:
     eventually(lambda: len(mesh.running()) == 2)
     victims = mesh.processes(victim)

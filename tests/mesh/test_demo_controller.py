@@ -9,16 +9,9 @@ from expertmesh import Client
 from expertmesh.deployments.controller.durable import Deposed, Office, PlacementState, RayKeyValues, first_epoch
 from expertmesh.deployments.local import LocalMesh
 from tests.mesh.test_demo_api import eventually
+from tests.support.victims import replica_processes
 
 pytestmark = pytest.mark.mesh
-
-
-def controllers() -> list[psutil.Process]:
-    return [
-        process
-        for process in psutil.Process().children(recursive=True)
-        if "ServeReplica:expertmesh:controller" in " ".join(process.cmdline())
-    ]
 
 
 def held(client: Client) -> list[list[list[int]]]:
@@ -34,7 +27,7 @@ def test_a_killed_controller_comes_back_with_a_higher_epoch_and_what_it_had_deci
         client.mesh.freeze()
         epoch = client.mesh.status().placement.epoch
         before_kill = held(client)
-        (controller,) = controllers()
+        (controller,) = replica_processes("controller")
         controller.kill()
         assert client.completions.create(**settings).choices[0].text == before, "serving doesn't need it"
 
@@ -55,7 +48,7 @@ def test_a_killed_controller_comes_back_with_a_higher_epoch_and_what_it_had_deci
 def test_a_controller_whose_hand_is_held_while_another_takes_office_ends(demo_mesh: LocalMesh) -> None:
     """The test itself takes office in the store of the running cluster."""
     with Client(base_url=demo_mesh.url, timeout=300, max_retries=0) as client:
-        (old,) = controllers()
+        (old,) = replica_processes("controller")
         epoch = client.mesh.status().placement.epoch
         old.suspend()
         usurper = Office(RayKeyValues(), "expertmesh")

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import psutil
 import pytest
 
 from expertmesh import Client
 from expertmesh.deployments.local import LocalMesh
 from tests.mesh.test_demo_api import eventually
+from tests.support.victims import replica_processes
 
 pytestmark = pytest.mark.mesh
-
-SHARD_PROCESS = "ray::ServeReplica:expertmesh:experts"
 
 
 def test_a_killed_shard_is_replaced_and_requests_that_wait_go_on(demo_mesh: LocalMesh) -> None:
@@ -19,8 +17,7 @@ def test_a_killed_shard_is_replaced_and_requests_that_wait_go_on(demo_mesh: Loca
     with Client(base_url=demo_mesh.url, timeout=300, max_retries=0) as client:
         before = client.completions.create(**settings).choices[0].text
         old = client.mesh.status()
-        shards = [p for p in psutil.Process().children(recursive=True) if p.name().startswith(SHARD_PROCESS[:15])]
-        shards = [p for p in shards if "experts" in " ".join(p.cmdline())]
+        shards = replica_processes("experts")
         assert len(shards) == 2
         shards[0].kill()
         during = client.completions.create(**settings).choices[0].text  # redundancy is 1: it waits

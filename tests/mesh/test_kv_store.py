@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import time
@@ -16,18 +17,20 @@ import httpx
 import psutil
 import pytest
 import yaml
+from prometheus_client.parser import text_string_to_metric_families
 
 from benchmarks.timing import free_port
 from expertmesh.deployments.local import LocalMesh
 from expertmesh.errors import ConfigError
-from expertmesh.kv_store.configured import embedded_link
-from expertmesh.platform.config import load_config
+from expertmesh.kv_store.configured import embedded_link, embedded_password
+from expertmesh.platform.config import MeshConfig, cluster_secret, load_config
 from tests.mesh.test_command_line import BIN, answers, command, wait_until
 
 pytestmark = pytest.mark.mesh
 
 PATIENCE_S = 900
 """A machine with too much to do takes its time to start an engine."""
+SECRET_WORDS = "the crown jewels are under the oak"
 BLOCKS = 3
 BLOCK = 128
 SERVED = "tiny"
@@ -43,6 +46,7 @@ def write_config(folder: Path, model: Path) -> tuple[Path, str]:
         # A machine with too much to do must not make a lookup miss its deadline.
         "kv_store": {"url": "embedded", "memory_gib": 0.25, "host_memory_mib": 64, "lookup_timeout_ms": 2000},
         "ingress": {"port": port},
+        "telemetry": {"log_level": "debug", "log_format": "json"},
     }
     file = folder / "mesh.yaml"
     file.write_text(yaml.safe_dump(config))
@@ -51,6 +55,40 @@ def write_config(folder: Path, model: Path) -> tuple[Path, str]:
 
 def valkeys(process: subprocess.Popen[bytes]) -> list[psutil.Process]:
     return [child for child in psutil.Process(process.pid).children(recursive=True) if "valkey" in child.name()]
+
+
+class Exported:
+    """What Ray's exporter says, at the address that `expertmesh serve` printed."""
+
+    def __init__(self, log: Path) -> None:
+        printed = re.search(r"metrics at (http://127\.0\.0\.1:\d+/metrics)", log.read_text())
+        assert printed is not None
+        self._url = printed[1]
+
+    def sum(self, name: str, labels: dict[str, str]) -> float:
+        """Of a series over all processes."""
+        families = text_string_to_metric_families(httpx.get(self._url, timeout=60).text)
+        samples = [sample for family in families if family.name == name for sample in family.samples]
+        return sum(sample.value for sample in samples if labels.items() <= sample.labels.items())
+
+
+def check_logs(process: subprocess.Popen[bytes], log: Path, config: MeshConfig) -> None:
+    """Of a mesh that logs JSON at debug level: each line says whose it is, and none what it must not."""
+    arguments = [word for child in psutil.Process(process.pid).children(recursive=True) for word in child.cmdline()]
+    folders = [path for path in Path("/tmp").glob("xm-*") if any(f"{path}/" in word for word in arguments)]
+    files = [file.resolve() for folder in folders for file in folder.glob("session_*/logs/**/*") if file.is_file()]
+    text = "\n".join(file.read_text(errors="replace") for file in {log, *files})
+    secret = cluster_secret(config, create_in=config.model.resolved_cache_dir)
+    for hidden in (SECRET_WORDS, "crown jewels", secret.decode(errors="replace"), embedded_password(secret)):
+        assert hidden not in text, [line for line in text.splitlines() if hidden in line][:3]
+    lines = [json.loads(line) for line in text.splitlines() if line.startswith('{"time"')]
+    named = [line for line in lines if line.get("request_id") == "a-named-request"]
+    assert {line["message"].rpartition(" ")[2] for line in named if line["logger"] == "expertmesh.attention"} == {
+        "begins",
+        "finished",
+    }
+    assert {line["deployment"] for line in named} >= {"attention"}
+    assert {line["deployment"] for line in lines if line["logger"].startswith("vllm.v1.engine.core")} == {"attention"}
 
 
 def kv(*words: str) -> Any:
@@ -83,6 +121,9 @@ def test_a_replacement_replica_finds_the_blocks_of_the_one_before(
         def counts() -> dict[str, int]:
             return dict(replicas()[0].get("kv_store", {}).get("counts", {}))
 
+        asked = {"model": SERVED, "prompt": SECRET_WORDS, "max_tokens": 1}
+        named = {"X-Request-Id": "a-named-request"}
+        assert httpx.post(f"{url}/v1/completions", json=asked, headers=named, timeout=300).status_code == 200
         expected, cached = ask()
         assert cached == 0
         wait_until(lambda: counts().get("stored") == BLOCKS, process, log, PATIENCE_S)
@@ -98,7 +139,16 @@ def test_a_replacement_replica_finds_the_blocks_of_the_one_before(
         wait_until(replaced, process, log, PATIENCE_S)
         assert ask() == (expected, BLOCKS * BLOCK)
         wait_until(lambda: counts().get("load_sound") == BLOCKS, process, log, PATIENCE_S)
+        exported = Exported(log)
+        for name, labels, value in (
+            ("ray_expertmesh_kv_store_loads", {"result": "sound"}, BLOCKS),
+            ("ray_expertmesh_prompt_tokens", {"source": "store"}, BLOCKS * BLOCK),
+            ("ray_expertmesh_kv_store_servers", {"breaker": "closed"}, 1),
+        ):
+            wait_until(lambda: exported.sum(name, labels) == value, process, log, PATIENCE_S)  # noqa: B023 (used at once)
+        assert exported.sum("ray_expertmesh_kv_store_gate", {"decision": "fetch"}) >= 1
 
+        check_logs(process, log, load_config(file))
         (server,) = kv("stats", str(file))
         assert server["blocks"] == BLOCKS
         assert kv("verify", str(file)) == {"sound": BLOCKS, "truncated": 0, "foreign": 0, "corrupt": 0}
