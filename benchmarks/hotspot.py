@@ -77,9 +77,6 @@ class Served:
             "experts": {
                 "shards": SHARDS,
                 "spare_slots": SPARE_SLOTS + (not rebalance),  # one more stays empty there
-                # Ten processes that start on two cores starve each other: shards that are late would be taken for
-                # dead, and their experts loaded by the others, later still.
-                "heartbeat_timeout_s": 60,
             },
             "routing": {"rebalance": {"enabled": rebalance, "interval_s": 2, "half_life_s": 8}},
         }

@@ -231,6 +231,66 @@ def test_loads_of_very_many_replicas_that_are_gone_take_no_more_memory(members: 
     assert max(map(len, held)) < 100
 
 
+@pytest.fixture
+def patient(clock: Clock) -> Membership:
+    """Three shards and an attention replica, whose heartbeats are to come every second."""
+    members = Membership(LAYERS, EXPERTS, SLOTS, TIMEOUT_S, clock, suspect_s=2.0, intervals_s=(1.0, 1.0))
+    bring_up(members, "a", "b", "c")
+    members.report(attention("x"))
+    return members
+
+
+def beats(members: Membership, clock: Clock, shards: str, gap_s: float, times: int) -> None:
+    """Heartbeats of some shards and reports of the attention replica, always so many seconds after the last."""
+    for _ in range(times):
+        clock.now += gap_s
+        for shard in shards:
+            assert beat(members, shard)
+        members.report(attention("x"))
+
+
+def test_who_falls_silent_among_punctual_ones_is_dropped_in_time(patient: Membership, clock: Clock) -> None:
+    beats(patient, clock, "abc", 1.0, 3)
+    beats(patient, clock, "bc", 1.0, int(TIMEOUT_S))
+    assert patient.expire() == []
+    beats(patient, clock, "bc", 1.0, 1)
+    assert patient.expire() == ["a"]
+
+
+def test_nobody_is_taken_for_dead_where_all_heartbeats_come_late(patient: Membership, clock: Clock) -> None:
+    beats(patient, clock, "abc", 4.0, 3)
+    beats(patient, clock, "bc", 4.0, 9)
+    assert patient.patience("a") == 4.0
+    assert patient.expire() == [], "36 s without a word, of 40"
+    beats(patient, clock, "bc", 4.0, 2)
+    assert patient.expire() == ["a"], "but not for ever"
+
+
+def test_patience_ends_with_the_lateness(patient: Membership, clock: Clock) -> None:
+    beats(patient, clock, "abc", 60.0, 1)
+    assert patient.patience("a") == 12.0, "has an end"
+    beats(patient, clock, "abc", 1.0, 3)
+    assert patient.patience("a") == 1.0
+
+
+def test_a_controller_that_was_held_up_takes_nobody_for_dead(patient: Membership, clock: Clock) -> None:
+    beats(patient, clock, "abc", 1.0, 3)
+    clock.now += 3 * TIMEOUT_S
+    assert patient.expire() == []
+    beats(patient, clock, "abc", 0.0, 3)
+    beats(patient, clock, "bc", 1.0, int(TIMEOUT_S) + 1)
+    assert patient.expire() == ["a"]
+
+
+def test_most_shards_may_die_at_once_where_connections_tell(patient: Membership, clock: Clock) -> None:
+    beats(patient, clock, "abc", 1.0, 3)
+    for _ in range(3):
+        clock.now += 1.0
+        beat(patient, "c")
+        patient.report(AttentionReport("x", "node", True, 0, 0, None, stats={"down": ["a", "b"]}))
+    assert sorted(patient.expire()) == ["a", "b"]
+
+
 def test_loads_given_out_are_a_copy(members: Membership) -> None:
     members.report(attention("x", 5))
     members.loads()[:] = 0

@@ -81,6 +81,7 @@ class Controller:
         self._deposed: Deposed | None = None
         self._expert_bytes = layout.total_expert_bytes
         self._logical_experts = max(1, len(layout.layers) * layout.num_experts)
+        interval_s = config.experts.heartbeat_interval_s
         self._members = Membership(
             layout.layers,
             layout.num_experts,
@@ -90,7 +91,8 @@ class Controller:
             redundancy=redundancy,
             spare=spare,
             staging=staging,
-            suspect_s=_MISSED_HEARTBEATS * config.experts.heartbeat_interval_s,
+            suspect_s=_MISSED_HEARTBEATS * interval_s,
+            intervals_s=(interval_s, max(interval_s, config.telemetry.loads_interval_s)),
         )
         self._members.epoch = first_epoch(self._office.term)
         self._replacement = Replacement(self._members, redundancy)

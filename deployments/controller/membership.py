@@ -8,8 +8,10 @@ are fewer shards than `wanted`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from statistics import median_low
 from typing import Any
 
 import numpy as np
@@ -23,6 +25,12 @@ Clock = Callable[[], float]
 _MAX_AWAY = 64
 _MAX_INDEX = 4096
 """A shard that resumes an index beyond those that this controller knows may not ask for more than this."""
+_REMEMBERED_GAPS = 3
+_MOST_PATIENCE = 12.0
+
+
+def _gaps() -> deque[float]:
+    return deque(maxlen=_REMEMBERED_GAPS)
 
 
 @dataclass(slots=True)
@@ -43,6 +51,8 @@ class ShardMember:
     """It said that it goes as soon as others have its experts."""
     withdrawn_at: int | None = None
     """Epoch of the first table without it, once others have."""
+    gaps: deque[float] = field(default_factory=_gaps)
+    """Seconds between its last heartbeats."""
 
 
 @dataclass(slots=True)
@@ -51,6 +61,8 @@ class AttentionMember:
 
     report: AttentionReport
     seen: float
+    gaps: deque[float] = field(default_factory=_gaps)
+    """Seconds between its last reports."""
 
 
 class Membership:
@@ -71,11 +83,14 @@ class Membership:
         spare: int = 0,
         staging: bool = False,
         suspect_s: float | None = None,
+        intervals_s: tuple[float, float] | None = None,
     ) -> None:
         """slots: [shards, layers, slots] what each shard is to hold.
 
         `expire` drops members not heard of for `timeout_s`, and shards not heard of for `suspect_s` (the same unless
-        given) to which an attention replica's connection broke. redundancy, spare and staging: as for `initial_slots`.
+        given) to which an attention replica's connection broke. intervals_s: between two heartbeats of a shard, and two
+        reports of an attention replica; given these, silence may last longer when all come late (`patience`).
+        redundancy, spare and staging: as for `initial_slots`.
         """
         self.layers = layers
         self.num_experts = num_experts
@@ -96,6 +111,7 @@ class Membership:
         self._resumed = False
         self._timeout_s = timeout_s
         self._suspect_s = timeout_s if suspect_s is None else min(suspect_s, timeout_s)
+        self._intervals_s = intervals_s
         self._clock = clock
         self._retired_loads = np.zeros((len(layers), num_experts), dtype=np.int64)
         self._away: dict[str, np.ndarray[Any, np.dtype[np.int64]]] = {}
@@ -163,7 +179,7 @@ class Membership:
         member = self.shards.get(report.shard)
         if member is None:
             return False
-        member.seen = self._clock()
+        self._hear(member)
         member.stats = report.stats
         held = None if report.held is None else self._fitted(report.held)
         failed = None if report.failed is None else self._fitted(report.failed)
@@ -203,21 +219,51 @@ class Membership:
         """Takes an attention replica's report."""
         self._exceed(report.epoch)
         self._away.pop(report.replica, None)
-        self.attention[report.replica] = AttentionMember(report, self._clock())
+        member = self.attention.setdefault(report.replica, AttentionMember(report, self._clock()))
+        member.report = report
+        self._hear(member)
+
+    def _hear(self, member: ShardMember | AttentionMember) -> None:
+        now = self._clock()
+        member.gaps.append(now - member.seen)
+        member.seen = now
+
+    def _suspected(self) -> set[str]:
+        """Shards to which an attention replica's connection broke."""
+        return {shard for member in self.attention.values() for shard in member.report.stats.get("down", ())}
+
+    def patience(self, name: str) -> float:
+        """How many times longer than usual a member may be silent: the others' median gap over its interval, 1 to 12.
+
+        Where cores are short all heartbeats come late. Whoever takes the late for dead then has the others load their
+        experts, which makes all later still. A gap that is still open counts up to the timeout, so that a controller
+        which was held up itself takes nobody for dead; one of a suspected member doesn't, since that one may be dead.
+        """
+        if self._intervals_s is None:
+            return 1.0
+        now, suspected = self._clock(), self._suspected()
+        late = []
+        for members, interval_s in zip((self.shards, self.attention), self._intervals_s, strict=True):
+            for other, member in members.items():
+                if other != name:
+                    still_open = 0.0 if other in suspected else min(now - member.seen, self._timeout_s)
+                    late.append(max(still_open, *member.gaps, 0.0) / interval_s)
+        return min(max(median_low(late), 1.0), _MOST_PATIENCE) if late else 1.0
+
+    def _silent(self, members: Mapping[str, ShardMember | AttentionMember]) -> list[str]:
+        """Ids of those not heard of in time."""
+        now, suspected, silent = self._clock(), self._suspected(), []
+        for name, member in members.items():
+            usual = self._suspect_s if name in suspected else self._timeout_s
+            if now - member.seen > usual and now - member.seen > usual * self.patience(name):
+                silent.append(name)
+        return silent
 
     def expire(self) -> list[str]:
         """Drops members that were not heard of in time; their ids."""
-        now = self._clock()
-        limit = now - self._timeout_s
-        broken = {shard for member in self.attention.values() for shard in member.report.stats.get("down", ())}
-        shards = [
-            shard
-            for shard, member in self.shards.items()
-            if member.seen < (now - self._suspect_s if shard in broken else limit)
-        ]
+        shards, replicas = self._silent(self.shards), self._silent(self.attention)
         for shard in shards:
             self.leave(shard)
-        replicas = [replica for replica, member in self.attention.items() if member.seen < limit]
         for replica in replicas:
             loads = self.attention.pop(replica).report.loads
             if loads is not None:
