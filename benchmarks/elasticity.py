@@ -111,7 +111,7 @@ def measure(streams: int, count: int, tokens: int, calm_s: float) -> dict[str, A
             "model": "demo",
             "ingress": {"port": free_port()},
             "attention": {"replicas": BEGIN["attention"], "kv_cache_gib": 0.5, "cpus": 0.1},
-            "experts": {"shards": BEGIN["experts"], "cpus": 0.1, "heartbeat_timeout_s": 20.0},
+            "experts": {"shards": BEGIN["experts"], "cpus": 0.1},
             "routing": {"unavailable_timeout_s": 240.0, "rebalance": {"interval_s": 100_000.0}},
         }
     )

@@ -109,20 +109,20 @@ class BlockStore:
     def load(self, blocks: Sequence[Block], tenant: str, tokens: int) -> list[bool]:
         """Reads blocks, which hold a prefix of that many tokens, into their memory: which of them are sound.
 
-        Takes the load timeout at most, and no longer than computing the prefix would take; if the first block takes
-        more than its part of computing, the others aren't asked for. The memory of the other blocks may hold anything.
+        Takes the load timeout at most, and no longer than computing the prefix would take; the others aren't asked for
+        if the first block takes longer than it may (`BreakEvenGate.first_block_s`). The memory of blocks that aren't
+        sound may hold anything.
         """
         if not blocks:
             return []
         keys = self._keyspace.of(tenant)
         named = [keys.key(block) for block, _ in blocks]
         headers = [memoryview(bytearray(HEADER_BYTES)) for _ in blocks]
-        with self._lock:
-            budget_s = self._gate.budget_s(tokens)
         timeout_s = share_s = self._limits.load_timeout_s
-        if budget_s is not None:
-            timeout_s = min(timeout_s, budget_s)
-            share_s = max(timeout_s / len(blocks), min(timeout_s, self._limits.lookup_timeout_s))
+        with self._lock:
+            if (budget_s := self._gate.budget_s(tokens)) is not None:
+                timeout_s = min(timeout_s, budget_s)
+                share_s = self._gate.first_block_s(tokens, len(blocks), timeout_s, self._limits.lookup_timeout_s)
         begin = time.monotonic()
         replies = self._fetch(
             [(key, (header, memory)) for key, header, (_, memory) in zip(named, headers, blocks, strict=True)],

@@ -128,6 +128,21 @@ def test_a_gate_is_open_until_both_sides_are_known() -> None:
     assert gate.budget_s(2000) == 2.0
 
 
+def test_the_first_block_tells_whether_a_store_has_become_slow() -> None:
+    gate = BreakEvenGate()
+    gate.computed(1024, 2.4)
+    assert gate.first_block_s(1024, 8, 2.4, 0.1) == pytest.approx(0.3), "its part of computing"
+    gate.fetched(1024, 0.04)
+    assert gate.first_block_s(1024, 8, 2.4, 0.1) == 0.1, "blocks took 5 ms"
+    for _ in range(30):
+        gate.fetched(1024, 0.2)
+    assert gate.first_block_s(1024, 8, 2.4, 0.1) == pytest.approx(0.2, rel=0.01), "8 times 25 ms"
+    for _ in range(30):
+        gate.fetched(1024, 2.0)
+    assert gate.first_block_s(1024, 8, 2.4, 0.1) == pytest.approx(0.3)
+    assert gate.first_block_s(1024, 8, 0.05, 0.1) == 0.05, "never more than the whole fetch may take"
+
+
 def test_a_gate_decides_by_length() -> None:
     gate = BreakEvenGate()
     for tokens, fetch, compute in ((128, 0.2, 0.05), (4096, 0.4, 3.0)):

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-pytestmark = [pytest.mark.mesh, pytest.mark.long]
+pytestmark = pytest.mark.mesh
 
 MINUTES, SEED = 0.75, 4
 ROOM = 1.1
