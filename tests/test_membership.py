@@ -240,6 +240,15 @@ def patient(clock: Clock) -> Membership:
     return members
 
 
+def test_a_shard_that_loads_may_be_silent_for_longer(patient: Membership, clock: Clock) -> None:
+    beats(patient, clock, "abc", 1.0, 3)
+    patient.heartbeat(ShardReport("a", target("a"), np.full_like(patient.slots[0], -1)))
+    beats(patient, clock, "bc", 1.0, 5 * int(TIMEOUT_S))
+    assert patient.expire() == []
+    beats(patient, clock, "bc", 1.0, int(TIMEOUT_S) + 1)
+    assert patient.expire() == ["a"]
+
+
 def beats(members: Membership, clock: Clock, shards: str, gap_s: float, times: int) -> None:
     """Heartbeats of some shards and reports of the attention replica, always so many seconds after the last."""
     for _ in range(times):
@@ -264,6 +273,18 @@ def test_nobody_is_taken_for_dead_where_all_heartbeats_come_late(patient: Member
     assert patient.expire() == [], "36 s without a word, of 40"
     beats(patient, clock, "bc", 4.0, 2)
     assert patient.expire() == ["a"], "but not for ever"
+
+
+def test_a_lease_stands_for_one_that_was_only_late(patient: Membership, clock: Clock) -> None:
+    beats(patient, clock, "abc", 1.0, 3)
+    leased = patient.slots.copy()
+    beats(patient, clock, "bc", 1.0, int(TIMEOUT_S) + 1)
+    assert patient.expire() == ["a"]
+    partly = leased[0].copy()
+    partly[0] = -1
+    lease = patient.join(JoinRequest("a", "node", 0, partly))
+    assert lease is not None
+    assert np.array_equal(lease.slots, leased[0]), "it goes on loading the rest"
 
 
 def test_patience_ends_with_the_lateness(patient: Membership, clock: Clock) -> None:

@@ -23,8 +23,10 @@ LAYERS, EXPERTS = (1, 3), 12
 class Mesh:
     """A controller over shards and attention replicas."""
 
-    def __init__(self, shards: int, redundancy: int = 1, most: int | None = None, staging: bool = True) -> None:
-        slots = initial_slots(len(LAYERS), EXPERTS, shards, redundancy, 0, staging)
+    def __init__(
+        self, shards: int, redundancy: int = 1, most: int | None = None, staging: bool = True, spare: int = 0
+    ) -> None:
+        slots = initial_slots(len(LAYERS), EXPERTS, shards, redundancy, spare, staging)
         self.now = 0.0
         self.members = Membership(
             LAYERS,
@@ -33,6 +35,7 @@ class Mesh:
             5.0,
             lambda: self.now,
             redundancy=redundancy,
+            spare=spare,
             staging=staging,
             suspect_s=2.0,
         )
@@ -42,6 +45,8 @@ class Mesh:
         self.orders: dict[str, IntArray] = {}
         self.released: set[str] = set()
         self.tables: dict[str, RoutingTable] = {}
+        self.silent: dict[str, int] = {}
+        """Indices that they had."""
         self._named = 0
 
     def follow_up(self) -> None:
@@ -71,7 +76,7 @@ class Mesh:
         held = self.held[shard]
         target = Target(shard, "node", (f"unix:@{shard}",)) if (held >= 0).any() else None
         failed = self.orders.get(shard) if failure else None
-        report = ShardReport(shard, target, held.copy() if target else None, failed, failure)
+        report = ShardReport(shard, target, held.copy(), failed, failure)
         assert self.members.heartbeat(report)
         self.follow_up()
         orders = self.members.orders(shard)
@@ -106,6 +111,23 @@ class Mesh:
         self.orders.pop(shard, None)
         self.members.leave(shard)
         self.follow_up()
+
+    def fall_silent(self, shard: str) -> None:
+        """It lives, and is not heard of for so long that it loses its lease."""
+        self.silent[shard] = self.members.shards[shard].index
+        self.orders.pop(shard, None)
+        self.now += 6.0
+        for member in (*self.members.shards.values(), *self.members.attention.values()):
+            member.seen = self.now
+        self.members.shards[shard].seen -= 6.0
+        assert self.members.expire() == [shard]
+        self.follow_up()
+
+    def come_back(self, shard: str) -> None:
+        """It is heard of again; if its experts went to another it ends."""
+        index, held = self.silent.pop(shard), self.held[shard].copy()
+        if self.members.join(JoinRequest(shard, "node", index, held, self.members.epoch)) is None:
+            del self.held[shard]
 
     def depart(self, shard: str) -> None:
         """It is told to stop."""
@@ -151,9 +173,10 @@ class Mesh:
         redundancy = min(self.members.redundancy, len(present))
         assert self.members.table().redundancy >= redundancy
         assert self.takeover.settled
-        usual = share(EXPERTS, len(present), self.members.redundancy, 0)
+        usual = share(EXPERTS, len(present), self.members.redundancy, self.members.spare)
         for index in present:
             counts = (self.members.slots[index] >= 0).sum(axis=1)
+            assert (counts >= usual).all() or not self.members.spare
             assert (counts < usual + redundancy).all(), "one more where all others with room have the expert"
             assert (self.members.slots[index] == -1).any(axis=1).all() or not self.members.staging
 
@@ -426,4 +449,33 @@ def test_whatever_happens_it_ends_well(seed: int, shards: int, redundancy: int, 
         mesh.members.wanted = max(mesh.members.wanted, redundancy)
         mesh.come()
     mesh.settle()
+    mesh.check_settled()
+
+
+@settings(max_examples=80, deadline=None)
+@given(seed=st.integers(0, 100_000), staging=st.booleans(), spare=st.integers(0, 2))
+def test_shards_that_are_late_from_the_first_start_on_get_their_experts_in_the_end(
+    seed: int, staging: bool, spare: int
+) -> None:
+    mesh = Mesh(4, staging=staging, spare=spare)
+    for replica in ("a", "b"):
+        mesh.follow(replica)
+    mesh.come(4)
+    rng = random.Random(seed)
+    for _ in range(rng.randint(5, 40)):
+        event, heard = rng.random(), sorted(set(mesh.held) - set(mesh.silent))
+        if event < 0.25 and heard:
+            mesh.fall_silent(rng.choice(heard))
+        elif event < 0.5 and mesh.silent:
+            mesh.come_back(rng.choice(sorted(mesh.silent)))
+        elif event < 0.6 and len(mesh.held) < 4:
+            mesh.come()
+        elif heard:
+            mesh.obey(rng.choice(heard), rng.choice([slice(0, 1), slice(1, 2), slice(None)]))
+        mesh.check()
+    for shard in sorted(mesh.silent):
+        mesh.come_back(shard)
+    mesh.come(4 - len(mesh.held))
+    mesh.settle()
+    assert len(mesh.members.present()) == 4
     mesh.check_settled()

@@ -27,6 +27,8 @@ _MAX_INDEX = 4096
 """A shard that resumes an index beyond those that this controller knows may not ask for more than this."""
 _REMEMBERED_GAPS = 3
 _MOST_PATIENCE = 12.0
+_LOADING_PATIENCE = 6.0
+"""How many times longer than usual a shard may be silent that loads: building modules holds Python's lock."""
 
 
 def _gaps() -> deque[float]:
@@ -114,6 +116,8 @@ class Membership:
         self._intervals_s = intervals_s
         self._clock = clock
         self._retired_loads = np.zeros((len(layers), num_experts), dtype=np.int64)
+        self._dropped: dict[str, int] = {}
+        """Indices of shards that were not heard of in time, which may come back."""
         self._away: dict[str, np.ndarray[Any, np.dtype[np.int64]]] = {}
         """Loads of attention replicas that were dropped: those that come back report them again."""
 
@@ -131,19 +135,29 @@ class Membership:
 
     def _index_for(self, request: JoinRequest) -> int | None:
         taken = {m.index for m in self.shards.values()}
-        if request.held_index is not None:
-            return self._resume(request.held_index, request.held, taken)
-        vacant = [i for i in range(len(self.slots)) if i not in taken and (self.slots[i] >= 0).any()]
+        index, serves = request.held_index, request.held is not None and bool((request.held >= 0).any())
+        if index is not None and (serves or self._leases(index) or not 0 <= index < len(self.slots)):
+            return self._resume(index, request, taken)
+        vacant = [i for i in range(len(self.slots)) if i not in taken and self._leases(i)]
         if vacant:
             return vacant[0]
         staying = sum(not m.leaving for m in self.shards.values())
         return self._lend(taken) if staying < self.wanted else None
 
-    def _resume(self, index: int, held: IntArray | None, taken: set[int]) -> int | None:
-        """The controller was away: what the shard serves is the placement, not what a fresh start would lease."""
+    def _leases(self, index: int) -> bool:
+        """Whether the placement has experts for an index."""
+        return 0 <= index < len(self.slots) and bool((self.slots[index] >= 0).any())
+
+    def _resume(self, index: int, request: JoinRequest, taken: set[int]) -> int | None:
+        """What the shard serves is the placement if the controller was away, not what a fresh start would lease.
+
+        If the shard was away its lease stands, as long as others don't have all of it.
+        """
+        held = request.held
         if index in taken or not 0 <= index < (len(self.slots) if held is None else _MAX_INDEX):
             return None
-        if held is not None and len(held) == len(self.layers):
+        was_away = self._dropped.pop(request.shard, None) == index and self._leases(index)
+        if held is not None and len(held) == len(self.layers) and (held >= 0).any() and not was_away:
             self._add_rows(index + 1)
             self.slots[index] = self._fitted(held)
             self.withdrawn[index] = False
@@ -254,16 +268,25 @@ class Membership:
         """Ids of those not heard of in time."""
         now, suspected, silent = self._clock(), self._suspected(), []
         for name, member in members.items():
-            usual = self._suspect_s if name in suspected else self._timeout_s
-            if now - member.seen > usual and now - member.seen > usual * self.patience(name):
+            usual, silence = self._suspect_s if name in suspected else self._timeout_s, now - member.seen
+            if silence > usual and silence > usual * max(self.patience(name), self._loading_patience(member)):
                 silent.append(name)
         return silent
+
+    def _loading_patience(self, member: ShardMember | AttentionMember) -> float:
+        if self._intervals_s is None or not isinstance(member, ShardMember):
+            return 1.0
+        loads = member.held is None or not np.array_equal(member.held, self.slots[member.index])
+        return _LOADING_PATIENCE if loads else 1.0
 
     def expire(self) -> list[str]:
         """Drops members that were not heard of in time; their ids."""
         shards, replicas = self._silent(self.shards), self._silent(self.attention)
         for shard in shards:
+            self._dropped[shard] = self.shards[shard].index
             self.leave(shard)
+        while len(self._dropped) > _MAX_AWAY:
+            del self._dropped[next(iter(self._dropped))]
         for replica in replicas:
             loads = self.attention.pop(replica).report.loads
             if loads is not None:

@@ -15,8 +15,8 @@ import numpy as np
 
 from expertmesh.deployments.controller.membership import Membership
 from expertmesh.deployments.controller.replacement import Replacement
-from expertmesh.routing.placement import Move, adopted, evened, holders, surplus
-from expertmesh.routing.placement.elastic import Mask
+from expertmesh.routing.placement import Move, adopted, evened, filled, holders, surplus
+from expertmesh.routing.placement.elastic import Floats, Mask
 
 log = logging.getLogger("expertmesh.controller")
 
@@ -131,10 +131,8 @@ class Takeover:
             usual=members.usual(),
             most=self._most,
         )
-        if not added and self.settled and not self._replacement.busy:  # as even as it gets
-            has = self._served()
-            if not surplus(has, loads, redundancy=members.redundancy, usual=members.usual()):
-                added = evened(has, loads, able=able, usual=members.usual())
+        if not added and self.settled and not self._replacement.busy:
+            added = self._even(loads, able)
         for shard, layer, expert in added:
             members.order(shard, layer, expert)
             self._ordered.add((present[shard].shard, layer, expert))
@@ -143,6 +141,17 @@ class Takeover:
             log.warning("%d experts change hands, to %d shards", len(added), len({shard for shard, *_ in added}))
         if self.unplaced:
             log.error("%d copies of experts are wanting, and no shard has room", len(self.unplaced))
+
+    def _even(self, loads: Floats, able: Mask) -> list[tuple[int, int, int]]:
+        """Copies to add where nothing is wanting: so that others can give theirs up, or into slots that stay empty."""
+        members, has = self._members, self._served()
+        usual = members.usual()
+        if surplus(has, loads, redundancy=members.redundancy, usual=usual):
+            return []
+        added = evened(has, loads, able=able, usual=usual)
+        if added or not members.spare or len(members.present()) < members.wanted:  # more than is to stay otherwise
+            return added
+        return filled(has, loads, able=able, usual=usual)
 
     def _release(self) -> None:
         """Shards that leave, once others serve all that they have, and indices that nobody holds and nobody needs."""

@@ -135,9 +135,10 @@ class ExpertShard:
     async def _report(self) -> None:
         shard = self._shard
         target, held, stats = None, None, {}
-        if shard is not None and ((slots := shard.slots) >= 0).any():
-            target, held = Target(self._id, self._node, tuple(shard.addresses)), slots
         if shard is not None:
+            held = shard.slots
+            if (held >= 0).any():
+                target = Target(self._id, self._node, tuple(shard.addresses))
             read = {"bytes_read": shard.bytes_read, "bytes_fetched": shard.bytes_fetched}
             stats = {**asdict(shard.stats), **read, "load_s": shard.load_s}
         failed, why = self._failed or (None, "")
@@ -150,7 +151,7 @@ class ExpertShard:
             log.warning("shard %s can't reach the controller: %r", self._id, error)
             return
         if orders is None:
-            await self._join(self._lease.index)
+            self._lease = await self._join(self._lease.index)  # what is new in it comes as an order
             if self._ending:  # the controller that was told so is gone
                 await self._controller.leaving.remote(self._id)
         elif shard is not None and orders.epoch >= self._epoch:  # lower: a controller that has been deposed

@@ -1,7 +1,7 @@
 """Which shard holds which expert: pure functions on arrays, and the table that dispatchers read."""
 
 from expertmesh.routing.placement.balance import balancedness, layer_balancedness
-from expertmesh.routing.placement.elastic import adopted, evened, holders, lent, share, surplus
+from expertmesh.routing.placement.elastic import adopted, evened, filled, holders, lent, share, surplus
 from expertmesh.routing.placement.loaded import loaded_slots
 from expertmesh.routing.placement.loads import Loads, Shift
 from expertmesh.routing.placement.moves import Move, applied
@@ -24,6 +24,7 @@ __all__ = [
     "build_table",
     "even_slots",
     "evened",
+    "filled",
     "holders",
     "layer_balancedness",
     "lent",

@@ -131,6 +131,26 @@ def evened(has: Mask, loads: Floats, *, able: Mask, usual: int) -> list[tuple[in
     return added
 
 
+def filled(has: Mask, loads: Floats, *, able: Mask, usual: int) -> list[tuple[int, int, int]]:
+    """(shard, layer, expert) for each copy to add, so that each able shard holds `usual` experts of a layer.
+
+    has: what present shards hold, False for others [shards, layers, experts]; able: shards that may get more [shards].
+    The experts with most load a copy go first, each to the able shard with the least time.
+    """
+    weights = _weights(loads)
+    added: list[tuple[int, int, int]] = []
+    short = (has.sum(axis=2) < usual) & able[:, None]
+    for layer in np.flatnonzero(short.any(axis=0)).tolist():
+        mine = has[:, layer].copy()
+        while (open_ := ~mine & (able & (mine.sum(axis=1) < usual))[:, None]).any():
+            parts = np.where(open_.any(axis=0), weights[layer] / np.maximum(1, mine.sum(axis=0)), -np.inf)
+            expert, times = int(parts.argmax()), _times(mine, weights[layer])
+            shard = min(np.flatnonzero(open_[:, expert]).tolist(), key=lambda s: (times[s], s))
+            mine[shard, expert] = True
+            added.append((shard, layer, expert))
+    return added
+
+
 def lent(has: Mask, loads: Floats, *, redundancy: int, usual: int) -> IntArray:
     """Experts for a shard that comes to those of `has`: [layers, usual] expert ids, -1 where there are no more.
 

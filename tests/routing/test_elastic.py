@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from expertmesh.routing.placement import adopted, even_slots, evened, holders, lent, share, surplus
+from expertmesh.routing.placement import adopted, even_slots, evened, filled, holders, lent, share, surplus
 from expertmesh.routing.placement.elastic import Mask
 
 EXAMPLE = np.array([[[0, 3]], [[1, 2]]], dtype=np.int32)
@@ -125,3 +125,19 @@ def test_a_newcomer_gets_an_even_part_of_the_load() -> None:
     got = np.array([loads[layer, taken[layer][taken[layer] >= 0]].sum() for layer in range(layers)])
     even = loads.sum(axis=1) / (shards + 1)
     np.testing.assert_allclose(got / even, 1.0, atol=0.1)
+
+
+@settings(max_examples=60, deadline=None)
+@given(seed=st.integers(0, 2**31), shards=st.integers(1, 6), experts=st.integers(1, 16), usual=st.integers(1, 16))
+def test_empty_slots_are_filled(seed: int, shards: int, experts: int, usual: int) -> None:
+    rng = np.random.default_rng(seed)
+    has = rng.random((shards, 2, experts)) < 0.3
+    able = rng.random(shards) < 0.8
+    whole = with_added(has, filled(has, rng.lognormal(0, 1, (2, experts)), able=able, usual=usual))
+    assert (whole[able].sum(axis=2) == np.maximum(has[able].sum(axis=2), min(usual, experts))).all()
+    assert (whole[~able] == has[~able]).all()
+
+
+def test_the_hottest_experts_get_more_copies() -> None:
+    has = holders(EXAMPLE, 4)
+    assert filled(has, LOADS, able=np.ones(2, dtype=bool), usual=3) == [(1, 0, 0), (0, 0, 1)]
