@@ -1,6 +1,6 @@
 """Does anything get lost or left behind while everything that can fail does?
 
-    python -m benchmarks.chaos [--minutes 10] [--quick] [--seed 0]
+    python -m benchmarks.chaos [--minutes 10] [--quick] [--seed 0] [--faults expert_kill,cut]
 
 The mesh of benchmarks.failover under the same constant traffic, and one fault after the other in random order: kills
 and hangs of shards, attention replicas, controller and KV server, a link to the shards that is cut and joined again,
@@ -23,7 +23,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -56,6 +56,7 @@ _APART = "EXPERTMESH_CHAOS_APART"
 _LINK = "10.213.9.1"
 """Where the shards listen in that namespace. Without the address packets to it vanish, and nobody is told."""
 _ADDRESS = ("ip", "addr")
+KINDS = (*FAULTS, "scale_attention", "scale_experts", "cut")
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,7 +138,7 @@ def scaled(client: Client, deployment: str, usual: int) -> Callable[[int], None]
     return fault
 
 
-def run(folder: Path, seconds: float, seed: int) -> dict[str, Any]:
+def run(folder: Path, seconds: float, seed: int, names: Sequence[str]) -> dict[str, Any]:
     """Faults at random for some seconds; see the module's text."""
     cuts = _APART in os.environ
     routing = {"transport": "tcp", "bind_host": _LINK} if cuts else {}
@@ -145,12 +146,13 @@ def run(folder: Path, seconds: float, seed: int) -> dict[str, Any]:
         disturbed_mesh(folder, routing=routing) as (url, prompts, alone),
         Client(base_url=url, timeout=5, max_retries=0) as client,
     ):
-        faults = {
+        known = {
             **FAULTS,
             "scale_attention": scaled(client, "attention", ATTENTION),
             "scale_experts": scaled(client, "experts", SHARDS),
-            **({"cut": cut} if cuts else {}),
+            "cut": cut,
         }
+        faults = {name: known[name] for name in names if cuts or name != "cut"}
         judge = Judge(alone)
         traffic = Traffic(url, MODEL, prompts, judge, STREAMS)
         traffic.start()
@@ -199,12 +201,16 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=10, help="how long faults are brought about (default 10)")
     parser.add_argument("--quick", action="store_true", help="three minutes")
     parser.add_argument("--seed", type=int, default=0, help="of the faults' order")
+    parser.add_argument("--faults", default=",".join(KINDS), help="which, with commas between (default: all)")
     options = parser.parse_args()
+    names = options.faults.split(",")
+    if unknown := set(names) - set(KINDS):
+        parser.error(f"unknown faults {sorted(unknown)}; there are {', '.join(KINDS)}")
     go_apart()
     engine_environment(1)
     with tempfile.TemporaryDirectory(prefix="chaos-") as scratch:
         folder = write_family("qwen3_moe", Path(scratch) / MODEL)
-        result = run(folder, 180 if options.quick else options.minutes * 60, options.seed)
+        result = run(folder, 180 if options.quick else options.minutes * 60, options.seed, names)
     print(json.dumps(result))
 
 

@@ -243,9 +243,17 @@ def patient(clock: Clock) -> Membership:
 def test_a_shard_that_loads_may_be_silent_for_longer(patient: Membership, clock: Clock) -> None:
     beats(patient, clock, "abc", 1.0, 3)
     patient.heartbeat(ShardReport("a", target("a"), np.full_like(patient.slots[0], -1)))
-    beats(patient, clock, "bc", 1.0, 5 * int(TIMEOUT_S))
+    beats(patient, clock, "bc", 1.0, 11 * int(TIMEOUT_S))
     assert patient.expire() == []
     beats(patient, clock, "bc", 1.0, int(TIMEOUT_S) + 1)
+    assert patient.expire() == ["a"]
+
+
+def test_a_broken_connection_ends_that(patient: Membership, clock: Clock) -> None:
+    beats(patient, clock, "abc", 1.0, 3)
+    patient.heartbeat(ShardReport("a", target("a"), np.full_like(patient.slots[0], -1)))
+    beats(patient, clock, "bc", 1.0, 3)
+    patient.report(AttentionReport("x", "node", True, 0, 0, None, stats={"down": ["a"]}))
     assert patient.expire() == ["a"]
 
 

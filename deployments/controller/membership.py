@@ -9,7 +9,7 @@ are fewer shards than `wanted`.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from statistics import median_low
 from typing import Any
@@ -27,8 +27,8 @@ _MAX_INDEX = 4096
 """A shard that resumes an index beyond those that this controller knows may not ask for more than this."""
 _REMEMBERED_GAPS = 3
 _MOST_PATIENCE = 12.0
-_LOADING_PATIENCE = 6.0
-"""How many times longer than usual a shard may be silent that loads: building modules holds Python's lock."""
+_LOADING_PATIENCE = 12.0
+"""How many times longer than usual a shard may be silent that loads and to which no connection broke."""
 
 
 def _gaps() -> deque[float]:
@@ -268,16 +268,17 @@ class Membership:
         """Ids of those not heard of in time."""
         now, suspected, silent = self._clock(), self._suspected(), []
         for name, member in members.items():
-            usual, silence = self._suspect_s if name in suspected else self._timeout_s, now - member.seen
-            if silence > usual and silence > usual * max(self.patience(name), self._loading_patience(member)):
+            usual = self._suspect_s if name in suspected else self._timeout_s
+            if now - member.seen > usual and now - member.seen > usual * self._patience(name, member, suspected):
                 silent.append(name)
         return silent
 
-    def _loading_patience(self, member: ShardMember | AttentionMember) -> float:
-        if self._intervals_s is None or not isinstance(member, ShardMember):
-            return 1.0
-        loads = member.held is None or not np.array_equal(member.held, self.slots[member.index])
-        return _LOADING_PATIENCE if loads else 1.0
+    def _patience(self, name: str, member: ShardMember | AttentionMember, suspected: Collection[str]) -> float:
+        if self._intervals_s is not None and isinstance(member, ShardMember) and name not in suspected:
+            loads = member.held is None or not np.array_equal(member.held, self.slots[member.index])
+            if loads:
+                return _LOADING_PATIENCE
+        return self.patience(name)
 
     def expire(self) -> list[str]:
         """Drops members that were not heard of in time; their ids."""

@@ -298,7 +298,8 @@ class ExpertsConfig(Section):
     heartbeat_timeout_s: Seconds = Field(
         default=5.0,
         description="A shard without a heartbeat for this long is taken for dead; "
-        "more than `experts.heartbeat_interval_s`. Up to 12 times as long while the others' come late, too.",
+        "more than `experts.heartbeat_interval_s`. 12 times as long while it loads experts, and up to that while the "
+        "others' come late, too.",
     )
     spot_notice_url: Annotated[str, Field(pattern=r"^https?://[^/]+$")] | None = Field(
         default=None,
