@@ -4,7 +4,8 @@
 
 A whole mesh (Ray Serve, HTTP; two attention replicas, three shards with redundancy 2, an embedded KV store) serves 8
 streams. Each fault is brought about again and again on real processes: `kill -9` and SIGSTOP of a shard, `kill -9` of
-an attention replica with its engine, of the controller, of the KV server, and SIGSTOP of that. Every answer is compared
+an attention replica with its engine, of the controller, of the KV server, and SIGSTOP of that; SIGSTOP of Serve's own
+controller; and `kill -9` of the only ingress replica, whose streams end with it. Every answer is compared
 with the one to the same prompt alone; a token that is missing, doubled or another is wrong unless it is a near tie.
 `added_ms` is the longest pause of any stream that touches the second after a fault, less what the longest pause of a
 second is without one; `later_ms` the same for the time until the mesh has everything again, in which a replacement
@@ -52,12 +53,17 @@ GIVE_UP_S = 180.0
 
 def replicas(deployment: str) -> list[psutil.Process]:
     """The processes of a deployment's replicas on this machine, of the mesh that this process started."""
+    return sorted(_named(f"ServeReplica:expertmesh:{deployment}"), key=lambda process: process.pid)
+
+
+def _named(words: str) -> list[psutil.Process]:
+    """Processes that this one started, and theirs, whose command line has these words."""
     found = []
     for process in psutil.Process().children(recursive=True):
         with still_there():
-            if f"ServeReplica:expertmesh:{deployment}" in " ".join(process.cmdline()):
+            if words in " ".join(process.cmdline()):
                 found.append(process)
-    return sorted(found, key=lambda process: process.pid)
+    return found
 
 
 @contextmanager
@@ -71,12 +77,12 @@ def still_there() -> Iterator[None]:
 
 def kv_servers() -> list[psutil.Process]:
     """The embedded KV servers of this mesh."""
-    found = []
-    for process in psutil.Process().children(recursive=True):
-        with still_there():
-            if "valkey-server" in " ".join(process.cmdline()):
-                found.append(process)
-    return found
+    return _named("valkey-server")
+
+
+def serve_controllers() -> list[psutil.Process]:
+    """Serve's controller of this mesh."""
+    return _named("ray::ServeController")
 
 
 def victim(processes: Callable[[], list[psutil.Process]], turn: int) -> psutil.Process:
@@ -123,7 +129,10 @@ FAULTS: dict[str, Callable[[int], None]] = {
     "controller_kill": kill(lambda: replicas("controller")),
     "kv_kill": kill(kv_servers),
     "kv_hang": hang(kv_servers),
+    "serve_hang": hang(serve_controllers),
 }
+"""Of these no request may notice more than a pause."""
+ALL_FAULTS = {**FAULTS, "ingress_kill": kill(lambda: replicas("ingress"))}
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,11 +175,11 @@ def main() -> None:
     """Measures and prints the JSON line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help=f"{QUICK_KILLS} kills of a kind instead of {KILLS}")
-    parser.add_argument("--faults", default=",".join(FAULTS), help="which, with commas between (default: all)")
+    parser.add_argument("--faults", default=",".join(ALL_FAULTS), help="which, with commas between (default: all)")
     options = parser.parse_args()
     names = options.faults.split(",")
-    if unknown := set(names) - set(FAULTS):
-        parser.error(f"unknown faults {sorted(unknown)}; there are {', '.join(FAULTS)}")
+    if unknown := set(names) - set(ALL_FAULTS):
+        parser.error(f"unknown faults {sorted(unknown)}; there are {', '.join(ALL_FAULTS)}")
     kills = QUICK_KILLS if options.quick else KILLS
     engine_environment(1)
     with tempfile.TemporaryDirectory(prefix="failover-") as scratch:
@@ -216,7 +225,7 @@ def measure(folder: Path, names: list[str], kills: int) -> dict[str, Any]:
             traffic.start()
             costs = []
             for turn in range(kills):
-                cost = one_fault(FAULTS[name], turn, traffic, client)
+                cost = one_fault(ALL_FAULTS[name], turn, traffic, client)
                 costs.append(cost)
                 said = (
                     f"+{cost.added * 1e3:.0f} ms, later +{cost.later * 1e3:.0f} ms, whole after {cost.recovered:.1f} s"
