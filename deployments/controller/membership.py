@@ -257,7 +257,8 @@ class Membership:
             return 1.0
         now, suspected = self._clock(), self._suspected()
         late = []
-        for members, interval_s in zip((self.shards, self.attention), self._intervals_s, strict=True):
+        kinds: tuple[Mapping[str, ShardMember | AttentionMember], ...] = (self.shards, self.attention)
+        for members, interval_s in zip(kinds, self._intervals_s, strict=True):
             for other, member in members.items():
                 if other != name:
                     still_open = 0.0 if other in suspected else min(now - member.seen, self._timeout_s)
