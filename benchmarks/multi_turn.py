@@ -63,6 +63,10 @@ class Round:
             self.ideal_tokens += BLOCK
         self.seen.update(_prefixes(prompt))
 
+    def answered(self, prompt: list[int], answer: list[int]) -> None:
+        """An answer is there: what was computed for it may be found, too, all but its last token."""
+        self.seen.update(_prefixes(prompt + answer[:-1]))
+
 
 def _prefixes(tokens: list[int]) -> list[int]:
     return [hash(tuple(tokens[:end])) for end in range(BLOCK, len(tokens) + 1, BLOCK)]
@@ -91,6 +95,7 @@ async def _turn(client: AsyncClient, name: str, prompt: list[int], into: Round) 
         if chunk.usage is not None:
             details = chunk.usage.prompt_tokens_details
             into.cached_tokens += 0 if details is None else details.cached_tokens or 0
+    into.answered(prompt, answer)
     return answer
 
 
