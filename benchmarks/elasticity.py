@@ -8,13 +8,18 @@ with the one to the same prompt alone; a token that is missing, doubled or anoth
 `blocked_ms` is the longest time in which no stream got a token, less the same without scaling; `pause_ms` the same of
 a single stream: on a machine where replicas share cores, one that starts slows the others down. `serves_s` is the time
 until each new shard has computed something, `settled_s` until every copy is where it is to be. `read` is what the new
-shards read over all bytes of the checkpoint. Last line: one JSON object.
+shards read over all bytes of the checkpoint. `beside` is the same while as many processes as replicas come only import
+what a replica imports: what starting processes on the same cores costs, without any scaling.
+
+Last line: one JSON object.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from itertools import pairwise
@@ -34,6 +39,7 @@ BEGIN, SCALED = {"attention": 1, "experts": 2}, {"attention": 2, "experts": 4}
 STREAMS, PROMPTS, TOKENS, CALM_S = 6, 24, 96, 20.0
 QUICK_STREAMS, QUICK_PROMPTS, QUICK_TOKENS, QUICK_CALM_S = 3, 6, 32, 5.0
 GIVE_UP_S = 600.0
+IMPORTS = "import ray.serve, vllm.entrypoints.openai.api_server, vllm.v1.engine.async_llm"
 
 
 def reached(status: MeshStatus, wanted: dict[str, int]) -> bool:
@@ -66,13 +72,23 @@ def scaled(client: Client, wanted: dict[str, int]) -> tuple[MeshStatus, dict[str
     raise RuntimeError(f"the mesh has not become {wanted} within {GIVE_UP_S:g} s: {client.mesh.status()}")
 
 
+def imported() -> tuple[None, dict[str, float]]:
+    """Processes as many as replicas come, which import and end; how long that took."""
+    begin = time.monotonic()
+    count = sum(SCALED.values()) - sum(BEGIN.values())
+    processes = [subprocess.Popen([sys.executable, "-c", IMPORTS], stderr=subprocess.DEVNULL) for _ in range(count)]
+    for process in processes:
+        process.wait()
+    return None, {"settled_s": time.monotonic() - begin}
+
+
 def blocked_s(traffic: Traffic, since: float, until: float) -> float:
     """The longest time within an interval of `time.monotonic()` in which no stream got a token."""
     ends = [since, *sorted(gap.end for gap in traffic.gaps if since <= gap.end <= until)]
     return max((after - before for before, after in pairwise(ends)), default=0.0)
 
 
-def phase(act: Callable[[], tuple[MeshStatus, dict[str, float]]], traffic: Traffic, calm_s: float) -> dict[str, Any]:
+def phase(act: Callable[[], tuple[Any, dict[str, float]]], traffic: Traffic, calm_s: float) -> dict[str, Any]:
     """One change under traffic, with undisturbed time before and after."""
     calm = time.monotonic()
     time.sleep(calm_s)
@@ -129,12 +145,16 @@ def measure(streams: int, count: int, tokens: int, calm_s: float) -> dict[str, A
         down = phase(lambda: scaled(client, BEGIN), traffic, calm_s)
         down.pop("status")
         print(f"down: {down}", flush=True)
+        beside = phase(imported, traffic, calm_s)
+        beside.pop("status")
+        print(f"beside: {beside}", flush=True)
         traffic.stop()
     for words in judge.failed[:5]:
         print(f"failed: {words}", flush=True)
     return {
         "up": {**up, "read": round(sum(shard.bytes_read for shard in new) / total, 4)},
         "down": down,
+        "beside": beside,
         "failed": len(judge.failed),
         "wrong_tokens": judge.wrong,
         "near_ties": judge.near_ties,
