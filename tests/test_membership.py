@@ -277,7 +277,6 @@ def test_who_falls_silent_among_punctual_ones_is_dropped_in_time(patient: Member
 def test_nobody_is_taken_for_dead_where_all_heartbeats_come_late(patient: Membership, clock: Clock) -> None:
     beats(patient, clock, "abc", 4.0, 3)
     beats(patient, clock, "bc", 4.0, 9)
-    assert patient.patience("a") == 4.0
     assert patient.expire() == [], "36 s without a word, of 40"
     beats(patient, clock, "bc", 4.0, 2)
     assert patient.expire() == ["a"], "but not for ever"
@@ -293,13 +292,6 @@ def test_a_lease_stands_for_one_that_was_only_late(patient: Membership, clock: C
     lease = patient.join(JoinRequest("a", "node", 0, partly))
     assert lease is not None
     assert np.array_equal(lease.slots, leased[0]), "it goes on loading the rest"
-
-
-def test_patience_ends_with_the_lateness(patient: Membership, clock: Clock) -> None:
-    beats(patient, clock, "abc", 60.0, 1)
-    assert patient.patience("a") == 12.0, "has an end"
-    beats(patient, clock, "abc", 1.0, 3)
-    assert patient.patience("a") == 1.0
 
 
 def test_a_controller_that_was_held_up_takes_nobody_for_dead(patient: Membership, clock: Clock) -> None:

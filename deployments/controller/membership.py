@@ -9,13 +9,14 @@ are fewer shards than `wanted`.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from statistics import median_low
+from math import inf
 from typing import Any
 
 import numpy as np
 
+from expertmesh.deployments.controller.liveness import REMEMBERED_GAPS, Sign, silent
 from expertmesh.deployments.messages import AttentionReport, JoinRequest, Lease, Orders, ShardReport
 from expertmesh.routing.placement import RoutingTable, Target, build_table, holders, lent, share
 from expertmesh.routing.placement.static import IntArray
@@ -25,14 +26,10 @@ Clock = Callable[[], float]
 _MAX_AWAY = 64
 _MAX_INDEX = 4096
 """A shard that resumes an index beyond those that this controller knows may not ask for more than this."""
-_REMEMBERED_GAPS = 3
-_MOST_PATIENCE = 12.0
-_LOADING_PATIENCE = 12.0
-"""How many times longer than usual a shard may be silent that loads and to which no connection broke."""
 
 
 def _gaps() -> deque[float]:
-    return deque(maxlen=_REMEMBERED_GAPS)
+    return deque(maxlen=REMEMBERED_GAPS)
 
 
 @dataclass(slots=True)
@@ -91,7 +88,7 @@ class Membership:
 
         `expire` drops members not heard of for `timeout_s`, and shards not heard of for `suspect_s` (the same unless
         given) to which an attention replica's connection broke. intervals_s: between two heartbeats of a shard, and two
-        reports of an attention replica; given these, silence may last longer when all come late (`patience`).
+        reports of an attention replica; given these, silence may last longer (`liveness`).
         redundancy, spare and staging: as for `initial_slots`.
         """
         self.layers = layers
@@ -242,48 +239,23 @@ class Membership:
         member.gaps.append(now - member.seen)
         member.seen = now
 
-    def _suspected(self) -> set[str]:
-        """Shards to which an attention replica's connection broke."""
-        return {shard for member in self.attention.values() for shard in member.report.stats.get("down", ())}
-
-    def patience(self, name: str) -> float:
-        """How many times longer than usual a member may be silent: the others' median gap over its interval, 1 to 12.
-
-        Where cores are short all heartbeats come late. Whoever takes the late for dead then has the others load their
-        experts, which makes all later still. A gap that is still open counts up to the timeout, so that a controller
-        which was held up itself takes nobody for dead; one of a suspected member doesn't, since that one may be dead.
-        """
-        if self._intervals_s is None:
-            return 1.0
-        now, suspected = self._clock(), self._suspected()
-        late = []
-        kinds: tuple[Mapping[str, ShardMember | AttentionMember], ...] = (self.shards, self.attention)
-        for members, interval_s in zip(kinds, self._intervals_s, strict=True):
-            for other, member in members.items():
-                if other != name:
-                    still_open = 0.0 if other in suspected else min(now - member.seen, self._timeout_s)
-                    late.append(max(still_open, *member.gaps, 0.0) / interval_s)
-        return min(max(median_low(late), 1.0), _MOST_PATIENCE) if late else 1.0
-
-    def _silent(self, members: Mapping[str, ShardMember | AttentionMember]) -> list[str]:
-        """Ids of those not heard of in time."""
-        now, suspected, silent = self._clock(), self._suspected(), []
-        for name, member in members.items():
-            usual = self._suspect_s if name in suspected else self._timeout_s
-            if now - member.seen > usual and now - member.seen > usual * self._patience(name, member, suspected):
-                silent.append(name)
-        return silent
-
-    def _patience(self, name: str, member: ShardMember | AttentionMember, suspected: Collection[str]) -> float:
-        if self._intervals_s is not None and isinstance(member, ShardMember) and name not in suspected:
-            loads = member.held is None or not np.array_equal(member.held, self.slots[member.index])
-            if loads:
-                return _LOADING_PATIENCE
-        return self.patience(name)
+    def _signs(self) -> dict[str, Sign]:
+        """Of all members."""
+        now = self._clock()
+        suspected = {shard for member in self.attention.values() for shard in member.report.stats.get("down", ())}
+        beats_s, reports_s = self._intervals_s or (inf, inf)
+        signs = {name: Sign(now - m.seen, tuple(m.gaps), reports_s) for name, m in self.attention.items()}
+        for name, m in self.shards.items():
+            holds = m.held is not None and np.array_equal(m.held, self.slots[m.index])
+            loads = self._intervals_s is not None and not holds
+            signs[name] = Sign(now - m.seen, tuple(m.gaps), beats_s, name in suspected, loads)
+        return signs
 
     def expire(self) -> list[str]:
         """Drops members that were not heard of in time; their ids."""
-        shards, replicas = self._silent(self.shards), self._silent(self.attention)
+        gone = silent(self._signs(), self._timeout_s, self._suspect_s)
+        shards = [name for name in gone if name in self.shards]
+        replicas = [name for name in gone if name in self.attention]
         for shard in shards:
             self._dropped[shard] = self.shards[shard].index
             self.leave(shard)
