@@ -1,6 +1,6 @@
 """Does a mesh that is asked for more than it can do go on doing what it can?
 
-    python -m benchmarks.overload [--quick]
+    python -m benchmarks.overload [--quick] [--proxy serve]
 
 Two whole meshes (Ray Serve, HTTP, a tiny model, one attention replica that computes 8 sequences at once) are asked in
 turn: one refuses what would wait longer than 2 s for its first token (`ingress.max_wait_s`), the other has no such
@@ -64,14 +64,14 @@ class Tally:
 class Served:
     """A whole mesh in a process; to be run by a Worker."""
 
-    def __init__(self, folder: Path, max_wait_s: float) -> None:
+    def __init__(self, folder: Path, max_wait_s: float, proxy: str) -> None:
         engine_environment(1)
         from expertmesh.deployments.local import LocalMesh
         from expertmesh.platform.config import load_config
 
         settings = {
             "model": {"source": str(folder), "served_name": MODEL, "dtype": "float32"},
-            "ingress": {"port": free_port(), "max_wait_s": max_wait_s},
+            "ingress": {"port": free_port(), "max_wait_s": max_wait_s, "proxy": proxy},
             "attention": {"kv_cache_gib": 0.25, "max_num_seqs": SEQUENCES, "prefix_caching": False},
         }
         self._mesh = LocalMesh(load_config(settings)).start()
@@ -163,15 +163,19 @@ def main() -> None:
     """Measures and prints the JSON line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help=f"{QUICK_ROUNDS} round instead of {ROUNDS}")
+    parser.add_argument("--proxy", choices=["serve", "haproxy"], default="haproxy", help="before the meshes' ingress")
     options = parser.parse_args()
     engine_environment(1)
     with tempfile.TemporaryDirectory(prefix="overload-") as scratch:
         folder = write_family("qwen3_moe", Path(scratch) / MODEL)
         prompts = prompts_for(vocabulary_of(folder), PROMPTS)
-        with Worker(Served, folder, MAX_WAIT_S) as bounded, Worker(Served, folder, NO_BOUND_S) as unbounded:
+        with (
+            Worker(Served, folder, MAX_WAIT_S, options.proxy) as bounded,
+            Worker(Served, folder, NO_BOUND_S, options.proxy) as unbounded,
+        ):
             sides = {"bounded": Side(bounded, prompts), "unbounded": Side(unbounded, prompts)}
             result = measure(sides, QUICK_ROUNDS if options.quick else ROUNDS)
-    print(json.dumps(result))
+    print(json.dumps({**result, "proxy": options.proxy}))
 
 
 def measure(sides: dict[str, Side], rounds: int) -> dict[str, Any]:

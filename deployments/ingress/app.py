@@ -18,6 +18,7 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from expertmesh.deployments.ingress.access import add_walls
 from expertmesh.deployments.ingress.access_rules import scope_for
+from expertmesh.deployments.ingress.admission import Admission
 from expertmesh.deployments.ingress.client import MeshEngineClient
 from expertmesh.deployments.ingress.core import RemoteCore
 from expertmesh.deployments.ingress.deadline import Deadlines
@@ -88,6 +89,7 @@ async def openai_app(
     refuse_what_can_not_be_rendered(app.state.online_renderer)
     mend_error_handling(app)
     app.middleware_stack = None  # vLLM's instrumentation has built it already; these go around that
+    app.add_middleware(Admission, check=client.check_admission)
     app.add_middleware(HonestResponses)
     app.add_middleware(Deadlines)
     add_walls(app, ingress)

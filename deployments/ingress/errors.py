@@ -15,6 +15,7 @@ _TYPES = {
     429: "RateLimitError",
     431: "RequestTooLarge",
     503: "ServiceUnavailable",
+    504: "GatewayTimeout",
 }
 
 
