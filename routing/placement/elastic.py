@@ -188,7 +188,7 @@ def lent(has: Mask, loads: Floats, *, redundancy: int, usual: int) -> IntArray:
 
 def _weights(loads: Floats) -> Floats:
     """Loads with a little for the idle: [layers, experts], > 0."""
-    mean = loads.mean(axis=1, keepdims=True)
+    mean = loads.sum(axis=1, keepdims=True) / max(1, loads.shape[1])  # of a dense model there are none
     weights: Floats = np.maximum(loads, np.where(mean > 0, _LEAST * mean, 1.0))
     return weights
 

@@ -141,3 +141,10 @@ def test_empty_slots_are_filled(seed: int, shards: int, experts: int, usual: int
 def test_the_hottest_experts_get_more_copies() -> None:
     has = holders(EXAMPLE, 4)
     assert filled(has, LOADS, able=np.ones(2, dtype=bool), usual=3) == [(1, 0, 0), (0, 0, 1)]
+
+
+def test_a_model_without_experts_needs_nothing() -> None:
+    has, loads, able = np.zeros((1, 2, 0), dtype=bool), np.zeros((2, 0)), np.ones(1, dtype=bool)
+    assert adopted(has, has, loads, redundancy=1, able=able, usual=0, most=0) == ([], [])
+    assert surplus(has, loads, redundancy=1, usual=0) == []
+    assert filled(has, loads, able=able, usual=0) == []
