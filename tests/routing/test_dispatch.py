@@ -673,6 +673,15 @@ def test_an_expert_that_the_placement_does_not_know_is_refused(
     check(mesh, dispatcher)
 
 
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """SIGINT raises KeyboardInterrupt, also in a run that a shell has put into the background, which ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_a_step_that_is_interrupted_leaves_no_answer_behind(make_mesh: MakeMesh) -> None:
     """What a signal handler raises while the step waits: the late answers are not taken for the next step's."""
     mesh = make_mesh(2)
