@@ -36,7 +36,10 @@ def beat(members: Membership, shard: str, **stats: Any) -> bool:
     """A heartbeat of a shard that serves what it was leased."""
     member = members.shards.get(shard)
     held = members.slots[member.index].copy() if member is not None else None
-    return members.heartbeat(ShardReport(shard, target(shard), held, stats=stats))
+    heard = members.heartbeat(ShardReport(shard, target(shard), held, stats=stats))
+    if heard:
+        members.orders(shard)
+    return heard
 
 
 def attention(replica: str, loads: Any = None, epoch: int = 0) -> AttentionReport:
@@ -243,8 +246,16 @@ def patient(clock: Clock) -> Membership:
 def test_a_shard_that_loads_may_be_silent_for_longer(patient: Membership, clock: Clock) -> None:
     beats(patient, clock, "abc", 1.0, 3)
     patient.heartbeat(ShardReport("a", target("a"), np.full_like(patient.slots[0], -1)))
+    patient.orders("a")
     beats(patient, clock, "bc", 1.0, 11 * int(TIMEOUT_S))
     assert patient.expire() == []
+    beats(patient, clock, "bc", 1.0, int(TIMEOUT_S) + 1)
+    assert patient.expire() == ["a"]
+
+
+def test_what_a_shard_was_not_told_yet_it_does_not_load(patient: Membership, clock: Clock) -> None:
+    beats(patient, clock, "abc", 1.0, 3)
+    patient.order(0, 0, 5)
     beats(patient, clock, "bc", 1.0, int(TIMEOUT_S) + 1)
     assert patient.expire() == ["a"]
 
@@ -252,6 +263,7 @@ def test_a_shard_that_loads_may_be_silent_for_longer(patient: Membership, clock:
 def test_a_broken_connection_ends_that(patient: Membership, clock: Clock) -> None:
     beats(patient, clock, "abc", 1.0, 3)
     patient.heartbeat(ShardReport("a", target("a"), np.full_like(patient.slots[0], -1)))
+    patient.orders("a")
     beats(patient, clock, "bc", 1.0, 3)
     patient.report(AttentionReport("x", "node", True, 0, 0, None, stats={"down": ["a"]}))
     assert patient.expire() == ["a"]

@@ -52,6 +52,8 @@ class ShardMember:
     """Epoch of the first table without it, once others have."""
     gaps: deque[float] = field(default_factory=_gaps)
     """Seconds between its last heartbeats."""
+    loads: bool = True
+    """Whether it was told to load experts when it was last heard of."""
 
 
 @dataclass(slots=True)
@@ -209,6 +211,7 @@ class Membership:
         member = self.shards[shard]
         ordered = self.slots[member.index]
         as_ordered = member.held is None or np.array_equal(member.held, ordered)
+        member.loads = member.held is None or not as_ordered
         return Orders(self.epoch, None if as_ordered else ordered.copy(), self._released(member))
 
     def leave(self, shard: str) -> None:
@@ -246,8 +249,7 @@ class Membership:
         beats_s, reports_s = self._intervals_s or (inf, inf)
         signs = {name: Sign(now - m.seen, tuple(m.gaps), reports_s) for name, m in self.attention.items()}
         for name, m in self.shards.items():
-            holds = m.held is not None and np.array_equal(m.held, self.slots[m.index])
-            loads = self._intervals_s is not None and not holds
+            loads = self._intervals_s is not None and m.loads
             signs[name] = Sign(now - m.seen, tuple(m.gaps), beats_s, name in suspected, loads)
         return signs
 
