@@ -125,14 +125,16 @@ def scaled(client: Client, deployment: str, usual: int) -> Callable[[int], None]
         return sum(member.ready for member in members)
 
     def fault(turn: int) -> None:
-        deadline = time.monotonic() + GIVE_UP_S
         for number in (usual + 1, usual):
+            deadline = time.monotonic() + GIVE_UP_S
             asked = False
-            while time.monotonic() < deadline:
+            while True:
                 with contextlib.suppress(ExpertMeshError):  # the controller is away
                     asked = asked or client.mesh.scale(**{deployment: number}) is not None
                     if asked and serving() == number:
                         break
+                if time.monotonic() > deadline:
+                    raise RuntimeError(f"there are not {number} of {deployment} within {GIVE_UP_S:g} s")
                 time.sleep(0.25)
 
     return fault

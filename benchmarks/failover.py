@@ -204,8 +204,9 @@ def disturbed_mesh(
     settings = {
         "model": {"source": str(folder), "served_name": MODEL, "dtype": "float32"},
         "ingress": {"port": free_port()},
-        "attention": {"replicas": ATTENTION, "kv_cache_gib": 0.25},
-        "experts": {"shards": SHARDS, "redundancy": REDUNDANCY},
+        # Parts of a CPU, so that there is room for one more of each: the private Ray has as many as the mesh asks for.
+        "attention": {"replicas": ATTENTION, "kv_cache_gib": 0.25, "cpus": 0.1},
+        "experts": {"shards": SHARDS, "redundancy": REDUNDANCY, "cpus": 0.1},
         "routing": routing or {},
         "kv_store": {"url": "embedded"},
     }
