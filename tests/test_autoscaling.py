@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from expertmesh.deployments.controller.durable import RayKeyValues
 from expertmesh.deployments.controller.membership import Membership
 from expertmesh.deployments.controller.policy import TargetPolicy
 from expertmesh.deployments.controller.scaling import Scaling
@@ -225,7 +226,12 @@ def test_a_number_out_of_bounds_is_brought_back_for_that_reason() -> None:
     assert mesh.scaling.decisions == {("experts", "up", "bounds"): 1}
 
 
-def test_serve_keeps_what_it_has_where_the_number_cannot_be_read() -> None:
-    """No Ray runs here."""
+def test_serve_keeps_what_it_has_where_the_number_cannot_be_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether Ray runs in this process depends on the tests before: its store is made to fail."""
+
+    def away(self: RayKeyValues, key: str) -> bytes | None:
+        raise ConnectionError("the head is away")
+
+    monkeypatch.setattr(RayKeyValues, "get", away)
     context = SimpleNamespace(app_name="app", target_num_replicas=5)
     assert TargetPolicy("experts", 2)(cast("Any", context)) == (5, {})
