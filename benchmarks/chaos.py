@@ -3,7 +3,7 @@
     python -m benchmarks.chaos [--minutes 10] [--quick] [--seed 0] [--faults expert_kill,cut]
 
 The mesh of benchmarks.failover under the same constant traffic, and one fault after the other in random order: kills
-and hangs of shards, attention replicas, controller and KV server, a link to the shards that is cut and joined again,
+and hangs of shards, attention replicas, controllers and KV server, a link to the shards that is cut and joined again,
 and changes of scale. The next comes when the mesh is whole again, or at once after it one time in four. At the end the
 mesh is left alone, and its open files, shared memory, sockets and resident memory are compared with those at the
 beginning. Last line: one JSON object.
@@ -57,6 +57,7 @@ _LINK = "10.213.9.1"
 """Where the shards listen in that namespace. Without the address packets to it vanish, and nobody is told."""
 _ADDRESS = ("ip", "addr")
 KINDS = (*FAULTS, "scale_attention", "scale_experts", "cut")
+"""What there is to choose from; without a network namespace no cuts."""
 
 
 @dataclass(frozen=True, slots=True)

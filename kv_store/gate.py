@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 _WEIGHT = 0.3
 """Of the newest measurement in a running mean."""
 _HICCUP = 8
-"""A block that takes more than so many times what blocks took lately has been asked of another store than those."""
+"""How many times longer than blocks took lately the first one of a fetch may take."""
 
 
 @dataclass(slots=True)
@@ -100,8 +100,8 @@ class BreakEvenGate:
     def first_block_s(self, tokens: int, blocks: int, whole_s: float, least_s: float) -> float:
         """How long the first of a fetch's blocks may take before the rest isn't asked for.
 
-        Its part of `whole_s`, what the whole fetch may take; where fetches were measured, no more than 8 blocks took
-        lately; but always `least_s`, if the whole fetch may take that.
+        Its part of `whole_s`, what the whole fetch may take, and where fetches were measured at most 8 times what a
+        block took lately; but never less than `least_s`, unless the whole fetch may not take that.
         """
         part_s = whole_s / blocks
         if (known_s := self._fetch.expected_s(tokens)) is not None:
